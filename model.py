@@ -1,0 +1,961 @@
+"""Show-o: one transformer that reads and draws, with its image tokenizer, prompts, decoding and log-probabilities.
+
+The four stages share this file. From top to bottom: errors and seeds, records on disk, images, the MAGVIT-v2 image
+tokenizer, the token layout, the backbone with its log-probabilities, image decoding, text decoding, loading and saving.
+
+Shapes in comments: B batch rows, K samples per prompt, T sequence, N image tokens, V vocabulary, C image codes,
+S segments behind one prefix, D hidden size.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache, PhiConfig, PhiForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
+from transformers.utils import cached_file
+
+CAPTION_QUESTION = "Give a caption for this image."  # the released captioning prompt
+IGNORE = -100  # "no label here"
+
+
+# ---------------------------------------------------------------------------------------------- errors and seeds
+
+
+class InputError(Exception):
+    """Something the user gave us is wrong. The message names the file, the line or id, and the field."""
+
+
+def run(main):
+    """Run a stage: bad input ends in one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed from (seed, round, id, sample, …), the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def uniforms(seed: int, *shape) -> torch.Tensor:
+    """float32 numbers in (0, 1) that depend on the seed alone, drawn on the CPU so that every device sees the same."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return draw.clamp(1e-7, 1 - 1e-7)
+
+
+# ----------------------------------------------------------------------------------------------- records on disk
+
+
+@dataclass
+class Question:
+    question: str
+    choices: list[str]
+    answer: str
+    element: str = ""  # what the question is about: color, counting, spatial, …
+
+
+@dataclass
+class Record:
+    """One homologous input (x, y): an image and its caption, with the questions that judge drawings of it."""
+
+    id: str
+    image: str  # path, relative to the records file
+    caption: str
+    prompt: str = ""  # the text to draw from; empty: the caption
+    questions: list[Question] = field(default_factory=list)
+
+    @property
+    def drawing_text(self) -> str:
+        return self.prompt or self.caption
+
+
+@dataclass
+class Sample(Record):
+    """A record with what the policy said and drew. Token ids and codes are in samples.safetensors under the same id."""
+
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Score:
+    """What 02_score.py found for one sampled record; `answers[k][q]` is the policy's answer about image k."""
+
+    id: str
+    caption_scores: list[float]
+    image_scores: list[float]
+    answers: list[list[str]]
+    dropped: str = ""  # why the record gives no pair; empty: it does
+
+
+@dataclass
+class Pair:
+    """One homologous preference record (x, y, y_w, y_l, x_w, x_l), complete with the tokens to train on."""
+
+    id: str
+    image: str
+    caption: str
+    prompt: str
+    image_codes: list[int]
+    win_caption: str
+    lose_caption: str
+    win_caption_ids: list[int]
+    lose_caption_ids: list[int]
+    win_caption_score: float
+    lose_caption_score: float
+    win_image_codes: list[int]
+    lose_image_codes: list[int]
+    win_image_score: float
+    lose_image_score: float
+
+    @property
+    def drawing_text(self) -> str:
+        return self.prompt or self.caption
+
+
+def parse_record(kind: type, value, where: str):
+    """Build dataclass `kind` from JSON, checking every field. Raises InputError naming `where` and the field."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, found {type(value).__name__}")
+    values = {}
+    for f in dataclasses.fields(kind):
+        if f.name in value:
+            values[f.name] = parse_value(f.type, value[f.name], f"{where}: field '{f.name}'")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: field '{f.name}' is missing")
+    return kind(**values)
+
+
+def parse_value(kind, value, where: str):
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise InputError(f"{where} should be a list, found {type(value).__name__}")
+        return [parse_value(typing.get_args(kind)[0], v, where) for v in value]
+    if dataclasses.is_dataclass(kind):
+        return parse_record(kind, value, where)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if type(value) is not kind or kind is float:
+        raise InputError(f"{where} should be {kind.__name__}, found {json.dumps(value)[:60]}")
+    return value
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def parse_json(text: str, where: str):
+    def reject(name):
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, parse_constant=reject)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+
+
+def check_ids(records: list, path) -> list:
+    """Ids join the stages and name files: they must be unique, non-empty, and safe as a file name."""
+    seen = set()
+    for number, r in enumerate(records, 1):
+        bad = r.id in ("", ".", "..") or len(r.id) > 200 or any(c in "/\\" or ord(c) < 32 for c in r.id)
+        if bad:
+            raise InputError(f"{path}: record {number}: field 'id': {r.id[:60]!r} cannot be used as a file name")
+        if r.id in seen:
+            raise InputError(f"{path}: record {number}: field 'id': {r.id!r} occurs twice")
+        seen.add(r.id)
+    if not records:
+        raise InputError(f"{path}: no records")
+    return records
+
+
+def read_jsonl(path, kind: type) -> list:
+    """The records of a JSONL file, every field checked against dataclass `kind`."""
+    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    where = [f"{path}: line {n}" for n, _ in lines]
+    return check_ids([parse_record(kind, parse_json(line, w), w) for w, (_, line) in zip(where, lines)], path)
+
+
+def write_jsonl(path, records: list) -> None:
+    with atomic(path) as temporary:
+        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_records(path, questions=None) -> list[Record]:
+    """Homologous inputs from our JSONL, or from the original `initial_data.json` with its `vqa_data.json`.
+
+    The original's ids are numbers or strings; questions are joined **by id**. Image paths are made absolute: relative
+    to the records file, or (as in the original) to the working directory if they exist there.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        records = read_jsonl(path, Record)
+    else:
+        records = check_ids([original_record(v, f"{path}: record {n}") for n, v in read_array(path)], path)
+    if questions is not None:
+        by_id = {r.id: r for r in records}
+        for n, value in read_array(questions):
+            where = f"{questions}: record {n}"
+            question = parse_record(Question, value, where)
+            owner = by_id.get(str(value.get("id")))
+            if owner is None:
+                raise InputError(f"{where}: field 'id': {value.get('id')!r} is not in {path}")
+            owner.questions.append(question)
+    for r in records:
+        beside = path.parent / r.image
+        r.image = str((beside if beside.exists() or not Path(r.image).exists() else Path(r.image)).absolute())
+    return records
+
+
+def read_array(path):
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
+    return enumerate(value, 1)
+
+
+def original_record(value, where: str) -> Record:
+    if isinstance(value, dict):
+        value = {**value, "image": value.get("image", value.get("img_path"))}
+        if isinstance(value.get("id"), int):
+            value["id"] = str(value["id"])
+    return parse_record(Record, value, where)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary sibling of `path` (file or folder) that takes the final name only if the block succeeds."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors: dict, **metadata) -> None:
+    with atomic(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
+
+
+def load_tensors(path) -> dict:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type, the file system OSError
+        raise InputError(f"{path}: cannot read: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+def load_image(path, size: int) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: shorter side to `size` (bicubic, antialiased), centre crop, as the original does."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, … for broken files
+        raise InputError(f"{path}: cannot read image: {error}") from None
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1) * 2 - 1
+
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to B pictures."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in array]
+
+
+def sheet(rows: list[list], labels: list[str], cell: int = 128) -> Image.Image:
+    """A contact sheet: per row one line of text and its pictures. None leaves a gap."""
+    line = 18
+    canvas = Image.new("RGB", (max(len(r) for r in rows) * (cell + 4) + 4, len(rows) * (cell + line + 4)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (pictures, label) in enumerate(zip(rows, labels)):
+        top = r * (cell + line + 4)
+        draw.text((4, top + 3), label, fill="black")
+        for c, picture in enumerate(pictures):
+            if picture is not None:
+                canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (4 + c * (cell + 4), top + line))
+    return canvas
+
+
+# ------------------------------------------------------------------------------- MAGVIT-v2, the image tokenizer
+
+
+@dataclass
+class MagvitConfig:
+    """Defaults are the published `showlab/magvitv2`: 16 px per token, 2^13 codes, 95.4 M parameters."""
+
+    ch: int = 128
+    bits: int = 13
+    encoder_mult: tuple = (1, 2, 2, 4, 4)
+    encoder_blocks: tuple = (4, 3, 4, 3, 4)
+    decoder_mult: tuple = (1, 1, 2, 2, 4)
+    decoder_blocks: tuple = (4, 4, 3, 4, 3)
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class PixelAttention(nn.Module):
+    """Single-head attention over all positions of the coarsest map."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        n = self.norm(x)
+        q, k, v = (f(n).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h*w, c)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(1, 2).view_as(x))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and the step to the next one."""
+
+    def __init__(self, c_in, c_out, blocks, step=None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        if step is not None:
+            setattr(self, step, nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, 2 if step == "downsample" else 1,
+                                                                 0 if step == "downsample" else 1)}))
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):  # the border is padded at the right and the bottom only
+            x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
+        if hasattr(self, "upsample"):
+            x = self.upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c), PixelAttention(c), ResBlock(c, c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: MagvitConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.encoder_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(c_in, c_out, blocks, "downsample" if i < last else None)
+            for i, (c_in, c_out, blocks) in enumerate(zip([config.ch, *widths], widths, config.encoder_blocks)))
+        self.mid, self.norm_out = Middle(widths[-1]), norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
+
+    def forward(self, x):  # (B, 3, H, W) -> (B, bits, H/16, W/16), before the sign
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: MagvitConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.decoder_mult]
+        self.post_quant_conv = nn.Conv2d(config.bits, config.bits, 1)
+        self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(c_in, c_out, blocks, "upsample" if i > 0 else None)
+            for i, (c_in, c_out, blocks) in enumerate(zip([*widths[1:], widths[-1]], widths, config.decoder_blocks)))
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, bits):  # (B, bits, h, w) of ±1 -> (B, 3, 16h, 16w)
+        x = self.mid(self.conv_in(self.post_quant_conv(bits)))
+        for level in reversed(self.up):  # the coarsest level has the highest number
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Magvit(nn.Module):
+    """MAGVIT-v2 with lookup-free quantisation: a code is the signs of `bits` channels, most significant first."""
+
+    def __init__(self, config: MagvitConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        powers = 2 ** torch.arange(config.bits - 1, -1, -1)
+        codebook = ((torch.arange(2**config.bits)[:, None] & powers) > 0).float() * 2 - 1  # (C, bits)
+        self.quantize = nn.Module()
+        self.quantize.register_buffer("embedding", codebook)
+        self.quantize.register_buffer("power_vals", powers)
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.config.encoder_mult) - 1)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, N) codes, row by row."""
+        bits = self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)) > 0
+        return (bits.flatten(2).transpose(1, 2) * self.quantize.power_vals).sum(-1)
+
+    def decode(self, codes: torch.Tensor, height: int | None = None) -> torch.Tensor:
+        """(B, N) codes -> (B, 3, H, W) pixels, about [-1, 1]; `height` in tokens, by default a square."""
+        height = height or math.isqrt(codes.shape[1])
+        bits = self.quantize.embedding[codes].to(self.decoder.conv_in.weight.dtype)  # (B, N, bits)
+        return self.decoder(bits.transpose(1, 2).unflatten(2, (height, -1)))
+
+
+# -------------------------------------------------------------------------------------------------- token layout
+
+
+class Tokens:
+    """The one vocabulary: text, ten special tokens, image codes, the mask token. Nobody else knows an id.
+
+    The special tokens are numbers, not strings in the tokenizer: a caption that contains "<|eoi|>" stays plain text.
+    """
+
+    SPECIAL = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
+
+    def __init__(self, tokenizer, codes: int, image_tokens: int, window: int = 129):
+        self.tokenizer, self.codes, self.image_tokens, self.window = tokenizer, codes, image_tokens, window
+        self.text_size = len(tokenizer)
+        ids = {name: self.text_size + i for i, name in enumerate(self.SPECIAL)}
+        self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
+        self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
+        self.sot, self.eot = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.first_code = self.text_size + len(self.SPECIAL)
+        self.mask = self.first_code + codes
+        self.vocab_size = self.mask + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def decode(self, ids) -> str:
+        """The text of an answer; tokens that are not text are left out, as in the original."""
+        return self.tokenizer.decode([i for i in ids if i < self.text_size], skip_special_tokens=True)
+
+    def draw(self, caption: str) -> list[int]:
+        """`<|t2i|> <|sot|> text <|eot|>`, cut to the text window; without padding, which nobody sees."""
+        ids = [self.t2i, self.sot, *self.encode(caption), self.eot]
+        return ids if len(ids) <= self.window else [*ids[: self.window - 1], self.eot]
+
+    def image(self, codes) -> list[int]:
+        """`<|soi|> codes <|eoi|>`; a code of -1 becomes the mask token."""
+        return [self.soi, *(self.mask if c < 0 else self.first_code + c for c in codes), self.eoi]
+
+    def look(self, codes) -> list[int]:
+        """`<|mmu|> <|soi|> codes <|eoi|>`: the image that captions and answers are about."""
+        return [self.mmu, *self.image(codes)]
+
+    def ask(self, question: str) -> list[int]:
+        """`<|sot|> USER: \\n{question} ASSISTANT:`, one format for sampling, scoring and training."""
+        return [self.sot, *self.encode(f"USER: \n{question} ASSISTANT:")]
+
+
+def vqa_question(question: Question) -> str:
+    """A multiple-choice question as the original asks it (SPEC: the choices as a Python list)."""
+    return f"Question:{question.question} Choice:{question.choices}"
+
+
+# ------------------------------------------------------------------------- the backbone and its log-probabilities
+
+
+def attention(module, query, key, value, mask, is_causal=False, **kwargs):
+    """transformers' SDPA, with "everything is visible" as the default when there is no mask."""
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **kwargs)
+
+
+AttentionInterface.register("showo", attention)
+
+
+@dataclass
+class Segment:
+    """A stretch of a packed row: token ids, what each position should predict (IGNORE: nothing), and how it attends."""
+
+    ids: list[int]
+    targets: list[int] | None = None
+    bidirectional: bool = False
+
+
+def answer_segment(prompt: list[int], answer: list[int]) -> Segment:
+    """Prompt and answer; each answer token (its `<|eot|>` included) is predicted by the position before it."""
+    targets = [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
+    return Segment(prompt + answer, targets)
+
+
+def image_segment(tokens: Tokens, codes: list[int], masked: list[bool]) -> Segment:
+    """An image block with some slots masked; each masked slot predicts its own code."""
+    ids = tokens.image([-1 if m else c for c, m in zip(codes, masked)])
+    targets = [IGNORE, *(tokens.first_code + c if m else IGNORE for c, m in zip(codes, masked)), IGNORE]
+    return Segment(ids, targets, bidirectional=True)
+
+
+def pack(rows: list[list[Segment]], pad: int, device=None) -> dict:
+    """Rows of segments as tensors. The first segment of a row is the prefix that all others see; the others do not
+    see one another, so a row is worth as many separate sequences as it has branches, at the price of one prefix.
+
+    Returns ids, targets, positions and segments, all (B, T), and attend, (B, 1, T, T), True where the row may look.
+    """
+    T = max(sum(len(s.ids) for s in row) for row in rows)
+    filled = np.zeros((5, len(rows), T), dtype=np.int64)  # ids, targets, positions, segment number, bidirectional
+    filled[0], filled[1], filled[3] = pad, IGNORE, -1
+    for b, row in enumerate(rows):
+        start, prefix = 0, len(row[0].ids)
+        for s, segment in enumerate(row):
+            n = len(segment.ids)
+            at = (slice(None), b, slice(start, start + n))
+            positions = np.arange(n) + (prefix if s else 0)
+            filled[at] = np.stack([segment.ids, segment.targets or [IGNORE] * n, positions,
+                                   np.full(n, s), np.full(n, segment.bidirectional)])
+            start += n
+    ids, targets, positions, segments, bidirectional = torch.from_numpy(filled).to(device)
+    order = torch.arange(T, device=ids.device)
+    same = segments[:, :, None] == segments[:, None, :]  # (B, T, T): query, key
+    visible = same | (segments[:, None, :] == 0)
+    attend = visible & ((order[:, None] >= order) | (same & bidirectional[:, None, :].bool()))
+    return dict(ids=ids, targets=targets, positions=positions, segments=segments, attend=attend[:, None])
+
+
+class Showo(nn.Module):
+    """Show-o over transformers' Phi. Parameter names are those of the published checkpoints (`showo.model…`).
+
+    config: the fields of the published config.json; phi: the language model's sizes; tokens: the vocabulary.
+    """
+
+    def __init__(self, config: dict, phi: PhiConfig, tokens: Tokens):
+        super().__init__()
+        phi.qk_layernorm, phi.vocab_size = True, tokens.vocab_size  # the original forces both
+        phi._attn_implementation = "showo"
+        self.config, self.tokens = config, tokens
+        self.showo = PhiForCausalLM(phi)
+
+    @property
+    def device(self):
+        return self.showo.lm_head.weight.device
+
+    def hidden(self, ids, positions, cache=None, mask=None, is_causal=False) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, D). mask None: causal, or everything visible."""
+        return self.showo.model(input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=mask,
+                                use_cache=cache is not None, is_causal=is_causal).last_hidden_state
+
+    def forward(self, ids, targets, positions, segments, attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of packed rows: sums and label counts per segment, both (B, S) float32.
+
+        log softmax over the whole vocabulary, as in training; the head runs only where there is a label.
+        """
+        hidden = self.hidden(ids, positions, mask=attend)
+        labelled = targets != IGNORE
+        logits = self.showo.lm_head(hidden[labelled]).float()  # (M, V), M labels
+        logprobs = logits.log_softmax(-1).gather(1, targets[labelled][:, None])[:, 0]
+        B, S = len(ids), int(segments.max()) + 1
+        slot = (torch.arange(B, device=ids.device)[:, None] * S + segments)[labelled]  # (M,)
+        sums = torch.zeros(B * S, device=ids.device).index_add(0, slot, logprobs)
+        counts = torch.zeros(B * S, device=ids.device).index_add(0, slot, torch.ones_like(logprobs))
+        return sums.view(B, S), counts.view(B, S)
+
+    def logprobs(self, rows: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self(**pack(rows, self.tokens.pad, self.device))
+
+
+def random_mask(n: int, seed: int) -> list[bool]:
+    """The mask of a training image: t ~ U(0, 1), round(n·cos(πt/2)) slots but at least one, drawn from the seed."""
+    draws = uniforms(seed, n + 1)
+    count = max(1, round(n * math.cos(math.pi / 2 * draws[0].item())))
+    return (draws[1:].argsort().argsort() < count).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ drawing images
+
+
+def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Sample from (…, V) probabilities with one uniform number per draw (inverse cumulative distribution)."""
+    cumulative = probs.cumsum(-1)
+    u = u.unsqueeze(-1).to(cumulative) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def slots_to_mask(step: int, steps: int, n: int) -> int:
+    """floor(n·cos(π/2·(step+1)/steps)), in float32 as the original computes it (it differs at exact integers)."""
+    ratio = torch.tensor((step + 1) / steps)
+    return int(torch.floor(n * torch.cos(ratio * math.pi * 0.5)))
+
+
+def mask_least_confident(probs, gumbel, count, temperature: float) -> torch.Tensor:
+    """(B, N) probabilities of the sampled codes -> True where a slot is masked again.
+
+    Confidence is log p + temperature·Gumbel; `count` (B, 1) slots with the lowest become masks.
+    """
+    confidence = probs.log() + temperature * gumbel
+    cut = confidence.sort(-1).values.gather(1, count)
+    return confidence < cut
+
+
+def guided(cond, uncond, guidance: float):
+    """Classifier-free guidance on logits."""
+    return cond if uncond is None else (1 + guidance) * cond - guidance * uncond
+
+
+class TextPrefix:
+    """Keys and values of text prompts, computed once; the image block is then run against them step after step.
+
+    Text never sees the image, so its keys and values are the same in all decoding steps. Prompts of one batch have
+    equal length, so there is neither padding nor a mask.
+    """
+
+    def __init__(self, model: Showo, prompts: list[list[int]]):
+        unique = sorted(set(map(tuple, prompts)))
+        row = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
+        ids = torch.tensor(unique, device=model.device)
+        self.model, self.length = model, ids.shape[1]
+        self.cache = DynamicCache()
+        model.hidden(ids, torch.arange(self.length, device=model.device)[None], self.cache, is_causal=True)
+        self.cache.batch_select_indices(row)
+        block = model.tokens.image_tokens + 2
+        self.positions = torch.arange(self.length, self.length + block, device=model.device)[None]
+
+    def logits(self, block: torch.Tensor) -> torch.Tensor:
+        """(B, N+2) image block -> (B, N, C) logits of image codes at the image slots."""
+        hidden = self.model.hidden(block, self.positions, self.cache)
+        self.cache.crop(-block.shape[1])  # forget the image block again
+        first, codes, head = self.model.tokens.first_code, self.model.tokens.codes, self.model.showo.lm_head
+        return F.linear(hidden[:, 1:-1], head.weight[first : first + codes], head.bias[first : first + codes]).float()
+
+
+@torch.inference_mode()
+def draw_images(model: Showo, texts: list[str], seeds: list[int] | None, steps: int, guidance: float,
+                temperature: float = 1.0, compound: bool = True) -> torch.Tensor:
+    """MaskGIT decoding: one image per text, (B, N) codes. Texts may repeat; rows with prompts of one length run together.
+
+    seeds: one per image, or None for greedy decoding (argmax, no Gumbel noise).
+    compound: the original's schedule, where the temperature is multiplied by 1 − (step+1)/steps at every step;
+    otherwise MaskGIT's temperature·(1 − (step+1)/steps).
+    """
+    prompts = [model.tokens.draw(text) for text in texts]
+    codes = torch.empty(len(texts), model.tokens.image_tokens, dtype=torch.long, device=model.device)
+    for length in sorted(set(map(len, prompts))):
+        rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        cond = TextPrefix(model, [prompts[i] for i in rows])
+        uncond = TextPrefix(model, [model.tokens.draw("")] * len(rows)) if guidance else None
+        noise = seeds and torch.stack([uniforms(seeds[i], steps, 2, codes.shape[1]) for i in rows]).to(model.device)
+        codes[rows] = unmask(model.tokens, cond, uncond, noise, len(rows), steps, guidance, temperature, compound)
+    return codes
+
+
+def unmask(tokens: Tokens, cond, uncond, noise, B, steps, guidance, temperature, compound):
+    """The decoding loop of one batch of equal-length prompts; noise (B, steps, 2, N) or None. Returns (B, N) codes."""
+    N, device = tokens.image_tokens, cond.positions.device
+    block = torch.tensor(tokens.image([-1] * N), device=device).repeat(B, 1)  # (B, N+2)
+    start = temperature
+    for step in range(steps):
+        logits = guided(cond.logits(block), uncond and uncond.logits(block), guidance)  # (B, N, C)
+        probs = logits.softmax(-1)
+        sampled = logits.argmax(-1) if noise is None else pick(probs, noise[:, step, 0])
+        slots = block[:, 1:-1]
+        unknown = slots == tokens.mask
+        sampled = torch.where(unknown, sampled, slots - tokens.first_code)
+        if step == steps - 1:
+            return sampled
+        ratio = (step + 1) / steps
+        temperature = temperature * (1 - ratio) if compound else start * (1 - ratio)
+        confidence = probs.gather(2, sampled[..., None])[..., 0].masked_fill(~unknown, torch.inf)  # keep what is known
+        gumbel = torch.zeros_like(confidence) if noise is None else -(-noise[:, step, 1].log()).log()
+        count = (unknown.sum(1, keepdim=True) - 1).clamp(max=slots_to_mask(step, steps, N)).clamp(min=1)
+        again = mask_least_confident(confidence, gumbel, count, temperature)
+        block[:, 1:-1] = torch.where(again, tokens.mask, tokens.first_code + sampled)
+
+
+# -------------------------------------------------------------------------------------------------- writing text
+
+
+@dataclass
+class Ask:
+    """One text to write: about image number `image`, answering `prompt`, with its own decoding setting and seed."""
+
+    image: int
+    prompt: list[int]
+    top_k: int = 1  # 1: greedy; 0: the whole vocabulary
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@torch.inference_mode()
+def write_text(model: Showo, codes: torch.Tensor, asks: list[Ask], max_new_tokens: int = 100) -> list[list[int]]:
+    """Answers as token ids without the final `<|eot|>`.
+
+    codes (B, N): the images. Each image is prefilled once and shared by all its samples and questions; rows that have
+    ended leave the batch.
+    """
+    tokens, device = model.tokens, model.device
+    prefix = torch.tensor([tokens.look(c) for c in codes.tolist()], device=device)  # (B, N+3)
+    P, R, Q = prefix.shape[1], len(asks), max(len(a.prompt) for a in asks)
+    cache = DynamicCache()
+    model.hidden(prefix, torch.arange(P, device=device)[None], cache)  # the image sees itself whole
+    cache.batch_select_indices(torch.tensor([a.image for a in asks], device=device))
+
+    # Questions are padded on the left, between image and question; nobody sees the padding.
+    gap = torch.tensor([Q - len(a.prompt) for a in asks], device=device)  # (R,)
+    ids = torch.tensor([[tokens.pad] * (Q - len(a.prompt)) + a.prompt for a in asks], device=device)
+    column = torch.arange(P + Q + max_new_tokens, device=device)
+    visible = (column < P) | (column >= P + gap[:, None])  # (R, P+Q+max_new)
+    square = visible[:, None, : P + Q] & (column[: P + Q] <= column[P : P + Q, None])  # (R, Q, P+Q)
+    square[:, :, P:] |= torch.eye(Q, dtype=torch.bool, device=device)  # padding sees itself: softmax of nothing is NaN
+    hidden = model.hidden(ids, (column[P : P + Q] - gap[:, None]).clamp(min=0), cache, square[:, None])
+
+    draws = torch.stack([uniforms(a.seed, max_new_tokens) for a in asks]).to(device)
+    top_k = torch.tensor([a.top_k for a in asks], device=device)
+    temperature = torch.tensor([a.temperature for a in asks], device=device)
+    answers, alive = [[] for _ in asks], torch.arange(R, device=device)
+    for step in range(max_new_tokens):
+        logits = model.showo.lm_head(hidden[:, -1]).float()  # (R, V)
+        new = sample_tokens(logits, top_k[alive], temperature[alive], draws[alive, step])
+        for row, token in zip(alive.tolist(), new.tolist()):
+            if token != tokens.eot:
+                answers[row].append(token)
+        going = new != tokens.eot
+        if not going.any() or step == max_new_tokens - 1:
+            break
+        if not going.all():
+            alive, new = alive[going], new[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        end = P + Q + step + 1
+        hidden = model.hidden(new[:, None], (end - 1 - gap[alive])[:, None], cache, visible[alive, None, None, :end])
+    return answers
+
+
+def sample_tokens(logits, top_k, temperature, u) -> torch.Tensor:
+    """(R, V) logits -> (R,) tokens: each row with its own top-k (0: all), temperature and uniform number."""
+    greedy = logits.argmax(-1)
+    if bool((top_k == 1).all()):
+        return greedy
+    most = logits.shape[-1] if bool((top_k == 0).any()) else int(top_k.max())
+    values, ids = logits.topk(most, -1)
+    beyond = torch.arange(most, device=logits.device) >= torch.where(top_k == 0, most, top_k)[:, None]
+    probs = (values / temperature[:, None]).masked_fill(beyond, -torch.inf).softmax(-1)
+    sampled = ids.gather(1, pick(probs, u)[:, None])[:, 0]
+    return torch.where(top_k == 1, greedy, sampled)
+
+
+# -------------------------------------------------------------------------------------------- loading and saving
+
+WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin",
+           "pytorch_model.safetensors.index.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+SHOWO_FIELDS = ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens")
+PHI_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "layer_norm_eps", "hidden_act", "max_position_embeddings", "vocab_size")
+
+
+def find_file(folder, name: str) -> str | None:
+    """The path of a file in a folder or hub repository, or None if it has no such file."""
+    if Path(folder).exists():
+        path = Path(folder) / name
+        return str(path) if path.is_file() else None
+    try:
+        return cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # no network, no such repository, a name that is no repository id
+        raise InputError(f"{folder}: neither a folder here nor reachable on the hub ({type(error).__name__})") from None
+
+
+def read_config(folder) -> dict:
+    path = find_file(folder, "config.json")
+    if path is None:
+        raise InputError(f"{folder}: config.json is missing")
+    config = parse_json(read_text(path), path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected an object")
+    return config
+
+
+def read_weights(folder) -> tuple[dict, str]:
+    """All tensors of a checkpoint (safetensors or .bin, whole or sharded) and the file they came from.
+
+    .bin files are read with weights_only=True: nothing in them is executed.
+    """
+    path = next((p for p in (find_file(folder, name) for name in WEIGHTS) if p), None)
+    if path is None:
+        raise InputError(f"{folder}: no weights; looked for {', '.join(WEIGHTS)}")
+    files = [path]
+    if path.endswith(".index.json"):
+        index = parse_json(read_text(path), path)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise InputError(f"{path}: field 'weight_map' is missing")
+        names = sorted(set(index["weight_map"].values()))
+        files = [find_file(folder, name) for name in names]
+        if None in files:
+            raise InputError(f"{path}: field 'weight_map': {names[files.index(None)]} is missing")
+    weights = {}
+    for file in files:
+        if file.endswith(".bin"):
+            try:
+                weights.update(torch.load(file, map_location="cpu", weights_only=True))
+            except Exception as error:
+                raise InputError(f"{file}: not a file of plain tensors ({str(error).splitlines()[0]})") from None
+        else:
+            weights.update(load_tensors(file))
+    return weights, path
+
+
+def fill(module: nn.Module, weights: dict, path: str) -> None:
+    """Put `weights` into a module built on the meta device; names and shapes must match exactly."""
+    want, have = ({k: tuple(v.shape) for k, v in d.items()} for d in (module.state_dict(), weights))
+    problems = [("missing", sorted(want.keys() - have.keys())), ("unexpected", sorted(have.keys() - want.keys())),
+                ("wrong shape", [f"{k} {have[k]} instead of {want[k]}" for k in want if k in have and want[k] != have[k]])]
+    found = [f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+             for what, names in problems if names]
+    if found:
+        raise InputError(f"{path}: parameters do not fit the model; {'; '.join(found)}")
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, assign=True)
+
+
+def phi_config(folder, name: str) -> PhiConfig:
+    """The language model's sizes: a file beside the checkpoint, or Phi-1.5, whose sizes are PhiConfig's defaults."""
+    path = find_file(folder, Path(name).name)
+    if path is not None:
+        return PhiConfig.from_dict(parse_json(read_text(path), path))
+    if Path(name).name == "phi-1_5":
+        return PhiConfig()
+    try:
+        return PhiConfig.from_pretrained(name)
+    except Exception:
+        raise InputError(f"{folder}/config.json: field 'llm_model_path': no Phi configuration at {name!r}") from None
+
+
+def load_magvit(folder) -> Magvit:
+    config = read_config(folder)
+    known = {f.name: config[f.name] for f in dataclasses.fields(MagvitConfig) if f.name in config}
+    with torch.device("meta"):
+        vq = Magvit(MagvitConfig(**known))
+    fill(vq, *read_weights(folder))
+    return vq.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder):
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{folder}: cannot load the text tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def build(config: dict, phi: PhiConfig, tokenizer, where: str = "config.json") -> Showo:
+    """An empty model on the meta device. Raises InputError if config and tokenizer disagree."""
+    for name in SHOWO_FIELDS:
+        if type(config.get(name)) is not int:
+            raise InputError(f"{where}: field '{name}' should be a number, found {config.get(name)!r}")
+    tokens = Tokens(tokenizer, config["codebook_size"], config["num_vq_tokens"])
+    if config["llm_vocab_size"] != tokens.text_size:
+        raise InputError(f"{where}: field 'llm_vocab_size' is {config['llm_vocab_size']}, "
+                         f"the text tokenizer has {tokens.text_size} tokens")
+    if config["vocab_size"] != tokens.vocab_size or config.get("mask_token_id", tokens.mask) != tokens.mask:
+        raise InputError(f"{where}: field 'vocab_size' should be {tokens.vocab_size} and 'mask_token_id' {tokens.mask}: "
+                         f"{tokens.text_size} text, {len(Tokens.SPECIAL)} special, {tokens.codes} image, 1 mask")
+    with torch.device("meta"):
+        return Showo(config, phi, tokens)
+
+
+def load(folder, image_tokenizer=None, text_tokenizer=None, device="cpu", dtype=torch.float32) -> tuple[Showo, Magvit]:
+    """Load a checkpoint folder or hub id: the published layout, or ours (which holds both tokenizers as well)."""
+    config = read_config(folder)
+    inside = {name: str(Path(folder) / name) if (Path(folder) / name).is_dir() else None
+              for name in ("magvitv2", "tokenizer")}
+    phi = phi_config(folder, config.get("llm_model_path", "microsoft/phi-1_5"))
+    tokenizer = load_tokenizer(text_tokenizer or inside["tokenizer"] or "microsoft/phi-1_5")
+    model = build(config, phi, tokenizer, f"{folder}/config.json")
+    fill(model, *read_weights(folder))
+    model.showo.model.rotary_emb = PhiRotaryEmbedding(phi)  # its tables are not weights: built anew, off the meta device
+    vq = load_magvit(image_tokenizer or inside["magvitv2"] or "showlab/magvitv2")
+    if 2**vq.config.bits != model.tokens.codes:
+        raise InputError(f"{folder}/config.json: field 'codebook_size' is {model.tokens.codes}, "
+                         f"the image tokenizer has {2 ** vq.config.bits} codes")
+    return model.to(device, dtype).eval(), vq.to(device)
+
+
+def save(model: Showo, vq: Magvit, folder) -> None:
+    """Write one self-contained checkpoint folder, under the published parameter names and file names.
+
+    The original program reads config.json and pytorch_model.safetensors; the sub-folders are ours.
+    """
+    phi = model.showo.config
+    config = {**model.config, "_class_name": "Showo"}
+    with atomic(folder) as temporary:
+        for part in (temporary, temporary / "magvitv2"):
+            part.mkdir(parents=True)
+        if Path(config.get("llm_model_path", "")).name != "phi-1_5":
+            config["llm_model_path"] = "phi_config.json"
+            values = {name: getattr(phi, name) for name in PHI_FIELDS} | {"model_type": "phi", "qk_layernorm": True}
+            values |= {k: phi.rope_parameters[k] for k in ("rope_theta", "partial_rotary_factor")}
+            (temporary / "phi_config.json").write_text(json.dumps(values, indent=1) + "\n")
+        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file(full_precision(model), temporary / "pytorch_model.safetensors", {"format": "pt"})
+        (temporary / "magvitv2" / "config.json").write_text(json.dumps(dataclasses.asdict(vq.config), indent=1) + "\n")
+        save_file(full_precision(vq), temporary / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
+        model.tokens.tokenizer.save_pretrained(temporary / "tokenizer")
+
+
+def full_precision(module: nn.Module) -> dict:
+    return {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in module.state_dict().items()}
+
+
+def add_model_arguments(parser, name: str = "--model") -> None:
+    parser.add_argument(name, default="toy/base", help="checkpoint: a folder or a hub id such as showlab/show-o-512x512")
+    parser.add_argument("--image-tokenizer", help="folder or hub id, if it is not inside the checkpoint [showlab/magvitv2]")
+    parser.add_argument("--text-tokenizer", help="folder or hub id, if it is not inside the checkpoint [microsoft/phi-1_5]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the backbone")
+
+
+def load_from(args) -> tuple[Showo, Magvit]:
+    return load(args.model, args.image_tokenizer, args.text_tokenizer, args.device, getattr(torch, args.dtype))

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, PhiConfig, PhiForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
@@ -100,6 +103,7 @@ class Score:
     """What 02_score.py found for one sampled record; `answers[k][q]` is the policy's answer about image k."""
 
     id: str
+    questions: list[Question]
     caption_scores: list[float]
     image_scores: list[float]
     answers: list[list[str]]
@@ -263,6 +267,52 @@ def atomic(path):
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
+def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
+    """Prepare output folder `out` for a run with `settings`; False if the file `finished` shows it is complete.
+
+    A folder made with other settings is an error that says what differs, unless `overwrite` empties it.
+    """
+    out, state = Path(out), PartialState()
+    settings = {k: str(v) for k, v in settings.items() if k not in ("out", "overwrite", "device", "batch")}
+    if state.is_main_process:
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        if (out / "settings.json").exists():
+            before = parse_json(read_text(out / "settings.json"), f"{out}/settings.json")
+            changed = [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise InputError(f"{out}: made with other settings ({'; '.join(changed)}); use --overwrite or another --out")
+        with atomic(out / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    state.wait_for_everyone()
+    return not (out / finished).exists()
+
+
+def map_records(function, records: list, out, batch: int, label: str) -> list[dict] | None:
+    """[function(chunk) for chunks of `batch` records], flattened; function returns one JSON object with `id` per record.
+
+    Every finished chunk is a file below OUT/parts, so an interrupted run continues, and several processes (accelerate
+    launch) share the work. Returns the results in the order of the records on the main process, None on the others.
+    """
+    state, parts = PartialState(), Path(out) / "parts"
+
+    def finished() -> dict:
+        lines = ((f, line) for f in sorted(parts.glob("*.jsonl")) for line in read_text(f).splitlines())
+        return {value["id"]: value for value in (parse_json(line, str(f)) for f, line in lines)}
+
+    done = finished()
+    state.wait_for_everyone()  # all processes see the same `done` before anyone adds to it
+    todo = [r for r in records if r.id not in done][state.process_index :: state.num_processes]
+    with tqdm(total=len(todo), desc=label, disable=not state.is_main_process) as bar:
+        for start in range(0, len(todo), batch):
+            results = function(todo[start : start + batch])
+            with atomic(parts / f"{seed_of(results[0]['id']):016x}.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
+            bar.update(len(results))
+    state.wait_for_everyone()
+    return [done[r.id] for r in records] if state.is_main_process and (done := finished()) else None
+
+
 def save_tensors(path, tensors: dict, **metadata) -> None:
     with atomic(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
@@ -299,17 +349,19 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array]
 
 
-def sheet(rows: list[list], labels: list[str], cell: int = 128) -> Image.Image:
-    """A contact sheet: per row one line of text and its pictures. None leaves a gap."""
-    line = 18
-    canvas = Image.new("RGB", (max(len(r) for r in rows) * (cell + 4) + 4, len(rows) * (cell + line + 4)), "white")
+def sheet(rows: list[list], labels: list[str], cell: int = 128, columns: int = 1) -> Image.Image:
+    """A contact sheet: blocks of one row of pictures under its label, `columns` blocks side by side."""
+    letters, line = cell * max(map(len, rows)) // 6, 14  # the default font is about 6 px wide
+    texts = [[piece for part in label.split("\n") for piece in textwrap.wrap(part, letters)] for label in labels]
+    height, width = line * max(map(len, texts)) + cell + 14, max(map(len, rows)) * (cell + 4) + 12
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(rows) / columns) * height), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (pictures, label) in enumerate(zip(rows, labels)):
-        top = r * (cell + line + 4)
-        draw.text((4, top + 3), label, fill="black")
+    for i, (pictures, text) in enumerate(zip(rows, texts)):
+        left, top = i % columns * width + 6, i // columns * height + 4
+        draw.text((left, top), "\n".join(text), fill="black", spacing=2)
         for c, picture in enumerate(pictures):
-            if picture is not None:
-                canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (4 + c * (cell + 4), top + line))
+            picture = picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (left + c * (cell + 4), top + height - cell - 10))
     return canvas
 
 
@@ -579,6 +631,7 @@ class Showo(nn.Module):
     def __init__(self, config: dict, phi: PhiConfig, tokens: Tokens):
         super().__init__()
         phi.qk_layernorm, phi.vocab_size = True, tokens.vocab_size  # the original forces both
+        phi.embd_pdrop = phi.resid_pdrop = phi.attention_dropout = 0.0  # policy and reference must agree at step 0
         phi._attn_implementation = "showo"
         self.config, self.tokens = config, tokens
         self.showo = PhiForCausalLM(phi)
@@ -592,11 +645,12 @@ class Showo(nn.Module):
         return self.showo.model(input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=mask,
                                 use_cache=cache is not None, is_causal=is_causal).last_hidden_state
 
-    def forward(self, ids, targets, positions, segments, attend) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of packed rows: sums and label counts per segment, both (B, S) float32.
+    def forward(self, *packs: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-probabilities of packed rows: per pack, sums and label counts per segment, both (B, S) float32."""
+        return [self.segment_logprobs(**p) for p in packs]
 
-        log softmax over the whole vocabulary, as in training; the head runs only where there is a label.
-        """
+    def segment_logprobs(self, ids, targets, positions, segments, attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """log softmax over the whole vocabulary, as in training; the head runs only where there is a label."""
         hidden = self.hidden(ids, positions, mask=attend)
         labelled = targets != IGNORE
         logits = self.showo.lm_head(hidden[labelled]).float()  # (M, V), M labels
@@ -608,7 +662,7 @@ class Showo(nn.Module):
         return sums.view(B, S), counts.view(B, S)
 
     def logprobs(self, rows: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self(**pack(rows, self.tokens.pad, self.device))
+        return self(pack(rows, self.tokens.pad, self.device))[0]
 
 
 def random_mask(n: int, seed: int) -> list[bool]:
@@ -922,9 +976,10 @@ def load(folder, image_tokenizer=None, text_tokenizer=None, device="cpu", dtype=
     return model.to(device, dtype).eval(), vq.to(device)
 
 
-def save(model: Showo, vq: Magvit, folder) -> None:
+def save(model: Showo, vq: Magvit, folder, weights: dict | None = None) -> None:
     """Write one self-contained checkpoint folder, under the published parameter names and file names.
 
+    weights: the model's parameters if they are not in the model itself (sharded training).
     The original program reads config.json and pytorch_model.safetensors; the sub-folders are ours.
     """
     phi = model.showo.config
@@ -938,24 +993,24 @@ def save(model: Showo, vq: Magvit, folder) -> None:
             values |= {k: phi.rope_parameters[k] for k in ("rope_theta", "partial_rotary_factor")}
             (temporary / "phi_config.json").write_text(json.dumps(values, indent=1) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file(full_precision(model), temporary / "pytorch_model.safetensors", {"format": "pt"})
+        save_file(full_precision(weights or model.state_dict()), temporary / "pytorch_model.safetensors", {"format": "pt"})
         (temporary / "magvitv2" / "config.json").write_text(json.dumps(dataclasses.asdict(vq.config), indent=1) + "\n")
-        save_file(full_precision(vq), temporary / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
+        save_file(full_precision(vq.state_dict()), temporary / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
         model.tokens.tokenizer.save_pretrained(temporary / "tokenizer")
 
 
-def full_precision(module: nn.Module) -> dict:
-    return {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu()
-            for k, v in module.state_dict().items()}
+def full_precision(weights: dict) -> dict:
+    return {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
 
 
 def add_model_arguments(parser, name: str = "--model") -> None:
     parser.add_argument(name, default="toy/base", help="checkpoint: a folder or a hub id such as showlab/show-o-512x512")
     parser.add_argument("--image-tokenizer", help="folder or hub id, if it is not inside the checkpoint [showlab/magvitv2]")
     parser.add_argument("--text-tokenizer", help="folder or hub id, if it is not inside the checkpoint [microsoft/phi-1_5]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … [what accelerate finds]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the backbone")
 
 
 def load_from(args) -> tuple[Showo, Magvit]:
-    return load(args.model, args.image_tokenizer, args.text_tokenizer, args.device, getattr(torch, args.dtype))
+    device = args.device or PartialState().device  # one per process under accelerate launch
+    return load(args.model, args.image_tokenizer, args.text_tokenizer, device, getattr(torch, args.dtype))

@@ -1,0 +1,169 @@
+"""Stage 1, sampling: the policy writes n captions of every image and draws K images of every caption.
+
+reads   records (our JSONL, or the original initial_data.json with vqa_data.json) and a checkpoint
+writes  OUT/samples.jsonl         the records with the captions as text
+        OUT/samples.safetensors   `ID/image` (N,), `ID/images` (K, N) and `ID/captions` (n, L; -1 pads) under each id:
+                                  exactly the tokens that were sampled, which stages 2 and 3 score and train on
+        OUT/images, OUT/sheet.png pictures of the first records, for people
+
+    python 01_sample.py --model toy/base --records runs/toy/preference/records.jsonl --out runs/toy/round1/samples
+    python 01_sample.py --model toy/base --prompt "a big red ring"      # try a checkpoint by eye
+    python 01_sample.py --model toy/base --image photo.jpg
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from model import (CAPTION_QUESTION, Ask, InputError, Record, Sample, add_model_arguments, atomic, claim, draw_images,
+                   load_from, load_image, map_records, read_records, run, save_tensors, seed_of, sheet, to_pil,
+                   write_jsonl, write_text)
+
+# The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
+RELEASED_SETTINGS = ["1:1.0"] + [f"{k}:{t}" for k in (2, 3, 4) for t in (0.1, 0.7, 2.0)]
+
+
+def encode_images(model, vq, records: list[Record]) -> torch.Tensor:
+    """(B, N) codes of the records' images."""
+    pixels = torch.stack([load_image(r.image, image_size(model, vq)) for r in records])
+    with torch.inference_mode():
+        return vq.encode(pixels.to(model.device))
+
+
+def image_size(model, vq) -> int:
+    return int(model.tokens.image_tokens**0.5) * vq.downsampling
+
+
+def sample_captions(model, codes, records: list[Record], args) -> list[list[list[int]]]:
+    """n captions per image as token ids; caption k uses setting k (cycling) and its own seed."""
+    prompt = model.tokens.ask(CAPTION_QUESTION)
+    asks = []
+    for i, r in enumerate(records):
+        for k in range(args.captions):
+            top_k, temperature = args.caption_settings[k % len(args.caption_settings)]
+            asks.append(Ask(i, prompt, top_k, temperature, seed_of(args.seed, args.round, r.id, "caption", k)))
+    answers = write_text(model, codes, asks, args.max_new_tokens)
+    return [answers[i : i + args.captions] for i in range(0, len(answers), args.captions)]
+
+
+def sample_images(model, records: list[Record], args) -> torch.Tensor:
+    """(B, K, N) codes of K drawings per record."""
+    K = args.images
+    texts = [r.drawing_text for r in records for _ in range(K)]
+    seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in range(K)]
+    codes = draw_images(model, texts, seeds, args.steps, args.guidance, args.temperature, args.anneal == "compound")
+    return codes.view(len(records), K, -1)
+
+
+def save_samples(records, results: list[dict], tokens, out: Path) -> None:
+    tensors, samples = {}, []
+    for r, found in zip(records, results):
+        longest = max(map(len, found["captions"]), default=0)
+        tensors[f"{r.id}/image"] = torch.tensor(found["image"], dtype=torch.int32)
+        tensors[f"{r.id}/images"] = torch.tensor(found["images"], dtype=torch.int32)
+        tensors[f"{r.id}/captions"] = torch.tensor([c + [-1] * (longest - len(c)) for c in found["captions"]],
+                                                   dtype=torch.int32)
+        captions = [tokens.decode(c) for c in found["captions"]]
+        samples.append(Sample(r.id, r.image, r.caption, r.prompt, r.questions, captions))
+    save_tensors(out / "samples.safetensors", tensors)
+    write_jsonl(out / "samples.jsonl", samples)  # last: its presence says that the stage is complete
+
+
+def save_pictures(model, vq, records, results, out: Path) -> None:
+    """Real image and drawings of a few records, as files and as one contact sheet."""
+    rows = []
+    for r, found in zip(records, results):
+        with torch.inference_mode():
+            drawn = to_pil(vq.decode(torch.tensor(found["images"], device=model.device)))
+        for k, picture in enumerate(drawn):
+            save_picture(picture, out / "images" / r.id / f"{k:02d}.png")
+        rows.append([*to_pil(load_image(r.image, image_size(model, vq))[None]), *drawn])
+    save_picture(sheet(rows, [r.drawing_text for r in records], 96), out / "sheet.png")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def try_by_eye(model, vq, args) -> None:
+    """One prompt or one image from the command line."""
+    if args.prompt is not None:
+        codes = sample_images(model, [Record("prompt", "", args.prompt)], args)[0]
+        with torch.inference_mode():
+            save_picture(sheet([to_pil(vq.decode(codes))], [args.prompt], 256), args.out / "prompt.png")
+        print(f"{args.images} images of {args.prompt!r}: {args.out / 'prompt.png'}")
+    if args.image is not None:
+        record = Record("image", args.image, "")
+        captions = sample_captions(model, encode_images(model, vq, [record]), [record], args)[0]
+        for k, caption in enumerate(captions):
+            top_k, temperature = args.caption_settings[k % len(args.caption_settings)]
+            print(f"top-k {top_k:<3} temperature {temperature:<4} {model.tokens.decode(caption)}")
+
+
+def setting(text: str) -> tuple[int, float]:
+    top_k, _, temperature = text.partition(":")
+    if int(top_k) < 0 or not float(temperature) > 0:
+        raise ValueError(text)
+    return int(top_k), float(temperature)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--records", help="records.jsonl, or the original initial_data.json")
+    parser.add_argument("--questions", help="the original vqa_data.json, joined to the records by id")
+    parser.add_argument("--out", type=Path, default=Path("runs/try"))
+    parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
+    parser.add_argument("--prompt", help="draw this text and stop")
+    parser.add_argument("--image", help="caption this file and stop")
+    parser.add_argument("--captions", type=int, default=10, help="captions per image")
+    parser.add_argument("--caption-settings", type=setting, nargs="+", metavar="K:T",
+                        default=[setting(s) for s in RELEASED_SETTINGS],
+                        help="top-k:temperature, used in turn; top-k 1 is greedy, 0 the whole vocabulary [the ten released]")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--images", type=int, default=16, help="images per caption")
+    parser.add_argument("--steps", type=int, default=50, help="decoding steps per image")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the confidence noise")
+    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="the original, or MaskGIT's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--round", type=int, default=1, help="self-play round: enters all seeds")
+    parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")
+    parser.add_argument("--show", type=int, default=8, help="records to write pictures of")
+    args = parser.parse_args()
+    if not (args.records or args.prompt is not None or args.image):
+        parser.error("one of --records, --prompt, --image is needed")
+    if min(args.captions, args.images, args.steps, args.batch, args.max_new_tokens) < 1:
+        parser.error("--captions, --images, --steps, --batch and --max-new-tokens must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.prompt is not None or args.image:
+        return try_by_eye(*load_from(args), args)
+    records = read_records(args.records, args.questions)
+    if not claim(args.out, vars(args), "samples.jsonl", args.overwrite):
+        return print(f"{args.out / 'samples.jsonl'} is complete")
+    model, vq = load_from(args)
+
+    def sample(chunk: list[Record]) -> list[dict]:
+        codes = encode_images(model, vq, chunk)
+        captions = sample_captions(model, codes, chunk, args)
+        images = sample_images(model, chunk, args).tolist()
+        return [dict(id=r.id, image=c, captions=t, images=i) for r, c, t, i in zip(chunk, codes.tolist(), captions, images)]
+
+    results = map_records(sample, records, args.out, args.batch, "sample")
+    if results is not None:
+        save_pictures(model, vq, records[: args.show], results[: args.show], args.out)
+        save_samples(records, results, model.tokens, args.out)
+        shutil.rmtree(args.out / "parts")
+        print(f"{len(records)} records, {args.captions} captions and {args.images} images each: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

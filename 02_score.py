@@ -329,12 +329,15 @@ def main():
         scores.append(score)
         pairs += [] if score.dropped else [pair]
     write_jsonl(args.out / "scores.jsonl", scores)
-    save_gallery(vq, pairs[: args.show], model.device, args.out / "pairs.png") if pairs else None
-    write_jsonl(args.out / "pairs.jsonl", pairs)
-    shutil.rmtree(args.out / "parts")
     print(f"{len(samples)} records, {len(pairs)} pairs: {args.out}")
-    for reason, count in Counter(s.dropped for s in scores if s.dropped).most_common():
+    reasons = Counter(s.dropped for s in scores if s.dropped).most_common()
+    for reason, count in reasons:
         print(f"  dropped {count:5d}  {reason}")
+    if not pairs:
+        raise InputError(f"{args.out}: no pairs to train on; most records: {reasons[0][0]} (all scores: scores.jsonl)")
+    save_gallery(vq, pairs[: args.show], model.device, args.out / "pairs.png")
+    write_jsonl(args.out / "pairs.jsonl", pairs)  # last: its presence says that the stage is complete
+    shutil.rmtree(args.out / "parts")
 
 
 if __name__ == "__main__":

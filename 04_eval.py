@@ -191,15 +191,18 @@ def compare(args) -> None:
     text = table({name: evaluate(verdicts) for name, verdicts in runs.items()})
     with atomic(args.out / "table.md") as temporary:
         temporary.write_text(text + "\n")
-    rows = []
+    rows, labels = [], []
     for i, shown in enumerate(first[: args.show]):
+        if not all((folder / "images" / f"{shown.id}.png").exists() for folder in args.compare):
+            continue  # an evaluation with a smaller --show
         drawn = [Image.open(folder / "images" / f"{shown.id}.png").convert("RGB") for folder in args.compare]
         row = to_pil(load_image(shown.image, drawn[0].size[0])[None])
         for verdicts, picture in zip(runs.values(), drawn):
             frame = "#2a2" if verdicts[i].all_right else "#d33"
             row.append(ImageOps.expand(picture.resize((240, 240), Image.Resampling.NEAREST), 8, frame))
         rows.append(row)
-    sampling.save_picture(sheet(rows, [v.text for v in first[: args.show]], 96, columns=3), args.out / "comparison.png")
+        labels.append(shown.text)
+    sampling.save_picture(sheet(rows, labels, 96, columns=3), args.out / "comparison.png")
     print(text)
     print(f"\n{args.out / 'table.md'}; {args.out / 'comparison.png'}: the real image, then {', '.join(runs)}; "
           "green frame: everything right")

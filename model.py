@@ -936,6 +936,13 @@ def load_magvit(folder) -> Magvit:
     return vq.eval().requires_grad_(False)
 
 
+def save_magvit(vq: Magvit, folder) -> None:
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(vq.config), indent=1) + "\n")
+        save_file(full_precision(vq.state_dict()), temporary / "pytorch_model.safetensors", {"format": "pt"})
+
+
 def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -985,8 +992,7 @@ def save(model: Showo, vq: Magvit, folder, weights: dict | None = None) -> None:
     phi = model.showo.config
     config = {**model.config, "_class_name": "Showo"}
     with atomic(folder) as temporary:
-        for part in (temporary, temporary / "magvitv2"):
-            part.mkdir(parents=True)
+        temporary.mkdir()
         if Path(config.get("llm_model_path", "")).name != "phi-1_5":
             config["llm_model_path"] = "phi_config.json"
             values = {name: getattr(phi, name) for name in PHI_FIELDS} | {"model_type": "phi", "qk_layernorm": True}
@@ -994,8 +1000,7 @@ def save(model: Showo, vq: Magvit, folder, weights: dict | None = None) -> None:
             (temporary / "phi_config.json").write_text(json.dumps(values, indent=1) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file(full_precision(weights or model.state_dict()), temporary / "pytorch_model.safetensors", {"format": "pt"})
-        (temporary / "magvitv2" / "config.json").write_text(json.dumps(dataclasses.asdict(vq.config), indent=1) + "\n")
-        save_file(full_precision(vq.state_dict()), temporary / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
+        save_magvit(vq, temporary / "magvitv2")
         model.tokens.tokenizer.save_pretrained(temporary / "tokenizer")
 
 

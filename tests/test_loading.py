@@ -1,0 +1,487 @@
+"""Checkpoints and images: every layout that can be read, what saving writes, and one clear line for whatever is broken."""
+
+import dataclasses
+import json
+import pickle
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
+
+from conftest import GOLDEN
+from model import (InputError, Magvit, MagvitConfig, Segment, Tokens, answer_segment, build, fill, image_segment, load,
+                   load_image, phi_config, save)
+
+TEXT = "user assistant give a caption for this image big small red blue ring cross left of two three"
+VQ = MagvitConfig(32, 4, (1, 1), (1, 1), (1, 1), (1, 1))  # 2 px per token, 16 codes
+PHI = dict(model_type="phi", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+           num_key_value_heads=1, layer_norm_eps=1e-2, hidden_act="relu", max_position_embeddings=300,
+           partial_rotary_factor=0.75, rope_theta=50.0, vocab_size=99)  # nothing as in PhiConfig's defaults
+
+
+def error(call, *args, **named) -> str:
+    """The message of the InputError that the call must raise; it has to fit on one line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **named)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def word_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
+    """One token per word, as toy/make_tokenizer.py builds it."""
+    words = ["<|endoftext|>", "<|unk|>", *text.split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+
+
+def random_weights(module) -> dict:
+    return {k: torch.randn(v.shape) * 0.3 if v.is_floating_point() else v for k, v in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random Show-o and its image tokenizer, never saved."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    text = len(tokenizer)
+    config = {"_class_name": "Showo", "w_clip_vit": False, "vocab_size": text + 10 + 16 + 1, "llm_vocab_size": text,
+              "llm_model_path": "somewhere/phi.json", "codebook_size": 16, "num_vq_tokens": 4, "mask_token_id": text + 26}
+    model = build(config, PhiConfig.from_dict(PHI), tokenizer)
+    fill(model, random_weights(model), "random")
+    model.showo.model.rotary_emb = PhiRotaryEmbedding(model.showo.config)
+    vq = Magvit(VQ)
+    vq.load_state_dict({**random_weights(vq), "quantize.embedding": vq.quantize.embedding})
+    return model.eval(), vq.eval()
+
+
+def copy_of(weights: dict) -> dict:
+    return {k: v.clone() for k, v in weights.items()}
+
+
+@torch.no_grad()
+def behaviour(model, vq) -> list[torch.Tensor]:
+    """Everything that weights and config decide: log-probabilities of text and image, codes and pixels of an image."""
+    tokens = model.tokens
+    look = [Segment(tokens.look([3, 15, 0, 7]), bidirectional=True),
+            answer_segment(tokens.ask("what is this?"), tokens.encode("a big red ring") + [tokens.eot])]
+    draw = [Segment(tokens.draw("two small blue ring")), image_segment(tokens, [1, 2, 3, 4], [True, False, True, True])]
+    pixels = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
+    return [model.logprobs([look, draw])[0], vq.encode(pixels), vq.decode(torch.tensor([[0, 5, 10, 15]]))]
+
+
+def assert_same(loaded, original):
+    for ours, theirs in zip(loaded, original):
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    for ours, theirs in zip(behaviour(*loaded), behaviour(*original)):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------- saving and loading
+
+
+def test_save_and_load(tiny, tmp_path):
+    save(*tiny, tmp_path / "new" / "checkpoint")
+    model, vq = load(tmp_path / "new" / "checkpoint")
+    assert_same((model, vq), tiny)
+    assert {**model.config, "llm_model_path": "somewhere/phi.json"} == tiny[0].config
+    assert json.dumps(dataclasses.asdict(vq.config)) == json.dumps(dataclasses.asdict(VQ))
+    assert not model.training and not any(p.requires_grad for p in vq.parameters())
+    save(model, vq, tmp_path / "again")  # what was loaded can be saved: the next round does
+    assert_same(load(tmp_path / "again"), tiny)
+
+
+def test_save_replaces_the_old_checkpoint(tiny, tmp_path):
+    save(*tiny, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "left over").write_text("x")
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in tiny[0].state_dict().items()}
+    save(*tiny, tmp_path / "checkpoint", other)  # the weights given, not the model's
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == [
+        "config.json", "magvitv2", "phi_config.json", "pytorch_model.safetensors", "tokenizer"]
+    loaded = load(tmp_path / "checkpoint")[0].state_dict()
+    assert all(torch.equal(loaded[k], other[k]) for k in other)
+
+
+def test_saved_folder_is_what_the_original_reads(tiny, tmp_path):
+    save(*tiny, tmp_path)
+    weights = load_file(tmp_path / "pytorch_model.safetensors")
+    assert all(k.startswith("showo.") for k in weights)
+    assert {"showo.model.embed_tokens.weight", "showo.model.layers.1.self_attn.q_layernorm.bias",
+            "showo.model.layers.0.mlp.fc2.weight", "showo.model.final_layernorm.weight", "showo.lm_head.bias"} <= weights.keys()
+    assert all(v.dtype == torch.float32 for v in weights.values())
+    config, text = json.loads((tmp_path / "config.json").read_text()), len(word_tokenizer())
+    wanted = dict(_class_name="Showo", w_clip_vit=False, vocab_size=text + 27, llm_vocab_size=text, codebook_size=16,
+                  num_vq_tokens=4, mask_token_id=text + 26)
+    assert {k: config[k] for k in wanted} == wanted
+    phi = json.loads((tmp_path / config["llm_model_path"]).read_text())
+    assert {k: phi[k] for k in PHI} == {**PHI, "vocab_size": text + 27} and phi["qk_layernorm"] is True
+
+
+def test_bfloat16_is_saved_in_full_precision(tiny, tmp_path):
+    save(*tiny, tmp_path / "one")
+    model, vq = load(tmp_path / "one", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and vq.decoder.conv_in.weight.dtype == torch.float32
+    save(model, vq, tmp_path / "two")
+    saved = load_file(tmp_path / "two" / "pytorch_model.safetensors")
+    assert all(torch.equal(v, tiny[0].state_dict()[k].bfloat16().float()) for k, v in saved.items())
+
+
+def test_phi_1_5_needs_no_file(tmp_path):
+    phi = phi_config(tmp_path, "microsoft/phi-1_5")
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, layer_norm_eps=1e-5,
+                 hidden_act="gelu_new", num_key_value_heads=32, max_position_embeddings=2048)
+    assert {k: getattr(phi, k) for k in sizes} == sizes
+    assert (phi.rope_parameters["partial_rotary_factor"], phi.rope_parameters["rope_theta"]) == (0.5, 10000.0)
+
+
+# --------------------------------------------------------------------------------------------------- published layout
+
+
+@pytest.fixture
+def published(tiny, tmp_path):
+    """Show-o, image tokenizer and text tokenizer in three folders, as on the hub; the weights are not written yet."""
+    model, vq = tiny
+    folder = SimpleNamespace(showo=tmp_path / "showo", vq=tmp_path / "vq", text=tmp_path / "text", config=dict(model.config),
+                             weights=copy_of(model.state_dict()))
+    folder.showo.mkdir()
+    folder.vq.mkdir()
+    (folder.showo / "config.json").write_text(json.dumps(folder.config))
+    (folder.showo / "phi.json").write_text(json.dumps({**PHI, "qk_layernorm": False}))  # the original forces it on
+    (folder.vq / "config.json").write_text(json.dumps({**dataclasses.asdict(VQ), "_class_name": "MAGVITv2"}))
+    torch.save(vq.state_dict(), folder.vq / "pytorch_model.bin")
+    word_tokenizer().save_pretrained(folder.text)
+    folder.load = lambda: load(str(folder.showo), str(folder.vq), str(folder.text))
+
+    def change(**changed):
+        (folder.showo / "config.json").write_text(json.dumps({**folder.config, **changed}))
+
+    folder.change = change
+    return folder
+
+
+def write_sharded(folder, weights: dict, save_shard, end: str) -> None:
+    names = sorted(weights)
+    shards = {f"part-{i}{end}": names[i::3] for i in range(3)}
+    for file, part in shards.items():
+        save_shard({k: weights[k] for k in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {k: file for file, part in shards.items() for k in part}}
+    (folder / f"pytorch_model{end}.index.json").write_text(json.dumps(index))
+
+
+WRITE = {
+    "bin": lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin"),
+    "old bin": lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "safetensors": lambda folder, weights: save_file(weights, folder / "pytorch_model.safetensors"),
+    "model.safetensors": lambda folder, weights: save_file(weights, folder / "model.safetensors"),
+    "sharded bin": lambda folder, weights: write_sharded(folder, weights, torch.save, ".bin"),
+    "sharded safetensors": lambda folder, weights: write_sharded(folder, weights, save_file, ".safetensors"),
+}
+
+
+@pytest.mark.parametrize("layout", WRITE)
+def test_published_layouts(published, tiny, layout):
+    WRITE[layout](published.showo, published.weights)
+    assert_same(published.load(), tiny)
+
+
+def test_half_precision_checkpoint_is_loaded_as_float32(published, tiny):
+    WRITE["bin"](published.showo, {k: v.half() for k, v in published.weights.items()})
+    WRITE["bin"](published.vq, {k: v.half() if v.is_floating_point() else v for k, v in tiny[1].state_dict().items()})
+    for loaded, original in zip(published.load(), tiny):
+        for k, v in original.state_dict().items():
+            rounded = v.half().float() if v.is_floating_point() else v
+            torch.testing.assert_close(loaded.state_dict()[k], rounded, rtol=0, atol=0)  # equal, and of the same type
+
+
+def test_flags_come_before_the_checkpoints_own_tokenizers(published, tiny, tmp_path):
+    save(*tiny, tmp_path / "checkpoint")
+    other = Magvit(VQ)
+    torch.save(other.state_dict(), published.vq / "pytorch_model.bin")
+    _, vq = load(tmp_path / "checkpoint", image_tokenizer=str(published.vq))
+    assert torch.equal(vq.encoder.conv_in.weight, other.encoder.conv_in.weight)
+    word_tokenizer(TEXT + " more").save_pretrained(published.text)
+    assert "llm_vocab_size" in error(load, tmp_path / "checkpoint", text_tokenizer=str(published.text))
+
+
+# ------------------------------------------------------------------------------------------------- broken checkpoints
+
+
+def broken(published, layout: str, change) -> str:
+    change(published.weights)
+    WRITE[layout](published.showo, published.weights)
+    return error(published.load)
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors", "sharded bin"])
+def test_parameters_that_do_not_fit(published, layout):
+    def change(weights):
+        del weights["showo.lm_head.bias"]
+        weights["showo.extra"] = torch.zeros(1)
+        name = "showo.model.layers.0.mlp.fc1.weight"
+        weights[name] = weights[name].T.contiguous()
+
+    message = broken(published, layout, change)
+    assert str(published.showo) in message
+    assert "missing: showo.lm_head.bias;" in message and "unexpected: showo.extra;" in message
+    assert "wrong shape: showo.model.layers.0.mlp.fc1.weight (16, 24) instead of (24, 16)" in message
+
+
+def test_checkpoint_of_another_program(published):
+    """All names differ: the message stays readable."""
+    WRITE["bin"](published.showo, {k.removeprefix("showo."): v for k, v in published.weights.items()})
+    message = error(published.load)
+    assert f"and {len(published.weights) - 8} more" in message and len(message) < 2000
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"a": 1}, [torch.zeros(1)], torch.zeros(1), "text"])
+def test_bin_that_is_no_dictionary_of_tensors(published, content):
+    torch.save(content, published.showo / "pytorch_model.bin")
+    assert str(published.showo) in error(published.load)
+
+
+@pytest.mark.parametrize("layout", ["bin", "old bin", "safetensors"])
+@pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.999])
+def test_truncated_weights(published, layout, keep):
+    WRITE[layout](published.showo, published.weights)
+    path = next(published.showo.glob("pytorch_model.*"))
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    assert str(path) in error(published.load)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.safetensors"])
+def test_git_lfs_pointer_instead_of_weights(published, name):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 2900000000\n"
+    (published.showo / name).write_text(text)
+    assert name in error(published.load)
+
+
+class Code:
+    """A pickle that would create a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_bin_file_does_not_run(published, tmp_path):
+    pickle.loads(pickle.dumps(Code(tmp_path / "proof"))).close()
+    assert (tmp_path / "proof").exists()  # the pickle is armed
+    for old in (True, False):
+        torch.save({**published.weights, "x": Code(tmp_path / "created")}, published.showo / "pytorch_model.bin",
+                   _use_new_zipfile_serialization=not old)
+        assert "pytorch_model.bin" in error(published.load)
+        assert not (tmp_path / "created").exists()
+
+
+def test_shard_is_missing(published):
+    WRITE["sharded bin"](published.showo, published.weights)
+    (published.showo / "part-1.bin").unlink()
+    message = error(published.load)
+    assert "pytorch_model.bin.index.json" in message and "weight_map" in message and "part-1.bin" in message
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}',
+                                   '{"weight_map": {"a": ["b"]}}'])
+def test_broken_shard_index(published, index):
+    (published.showo / "pytorch_model.bin.index.json").write_text(index)
+    assert "pytorch_model.bin.index.json" in error(published.load)
+
+
+def test_no_weights(published):
+    message = error(published.load)
+    assert str(published.showo) in message and "pytorch_model.bin" in message and "pytorch_model.safetensors" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"vocab_size": NaN}'])
+def test_broken_config(published, text):
+    (published.showo / "config.json").write_text(text)
+    assert str(published.showo / "config.json") in error(published.load)
+
+
+def test_no_config(published):
+    (published.showo / "config.json").unlink()
+    assert error(published.load) == f"{published.showo}: config.json is missing"
+
+
+@pytest.mark.parametrize("name, value", [("vocab_size", None), ("llm_vocab_size", "20"), ("codebook_size", 16.0),
+                                         ("num_vq_tokens", True), ("vocab_size", 58498), ("mask_token_id", 3),
+                                         ("llm_model_path", 3), ("llm_model_path", None)])
+def test_wrong_config_field(published, name, value):
+    WRITE["bin"](published.showo, published.weights)
+    published.change(**{name: value})
+    message = error(published.load)
+    assert f"'{name}'" in message and "config.json" in message
+
+
+def test_no_phi_config(published, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (published.showo / "phi.json").unlink()
+    message = error(published.load)
+    assert "'llm_model_path'" in message and "somewhere/phi.json" in message
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3"])
+def test_broken_phi_config(published, text):
+    (published.showo / "phi.json").write_text(text)
+    assert "phi.json" in error(published.load)
+
+
+def test_text_tokenizer_of_another_size(published):
+    WRITE["bin"](published.showo, published.weights)
+    word_tokenizer(TEXT + " more").save_pretrained(published.text)
+    size = len(word_tokenizer())
+    message = error(published.load)
+    assert f"'llm_vocab_size' is {size}" in message and f"{size + 1} tokens" in message
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_no_text_tokenizer(published, monkeypatch, tmp_path, empty):
+    """The flag names a folder that does not exist, or one without a tokenizer."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if empty:
+        (tmp_path / "nothing").mkdir()
+    message = error(load, published.showo, published.vq, str(tmp_path / "nothing"))
+    assert f"{tmp_path / 'nothing'}: cannot load the text tokenizer" in message
+
+
+def test_image_tokenizer_with_other_codes(published):
+    WRITE["bin"](published.showo, published.weights)
+    other = dataclasses.replace(VQ, bits=5)
+    (published.vq / "config.json").write_text(json.dumps(dataclasses.asdict(other)))
+    torch.save(Magvit(other).state_dict(), published.vq / "pytorch_model.bin")
+    message = error(published.load)
+    assert "'codebook_size' is 16" in message and "32 codes" in message
+
+
+def test_image_tokenizer_that_does_not_fit_its_config(published):
+    WRITE["bin"](published.showo, published.weights)
+    torch.save(Magvit(dataclasses.replace(VQ, decoder_blocks=(1, 2))).state_dict(), published.vq / "pytorch_model.bin")
+    message = error(published.load)
+    assert str(published.vq) in message and "unexpected: decoder.up.1.block.1." in message
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-checkpoint", "not/a/repository/id", "no such folder"])
+def test_unreachable_checkpoint(monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it was read at import
+    message = error(load, name)
+    assert name in message and "hub" in message
+
+
+# --------------------------------------------------------------------------------------------------- text stays text
+
+
+@pytest.fixture(scope="module", params=["words", "phi-1_5", "saved words"])
+def tokens(request, tmp_path_factory):
+    if request.param == "phi-1_5":
+        return Tokens(AutoTokenizer.from_pretrained(GOLDEN / "phi-1_5-tokenizer"), 8192, 16)
+    tokenizer = word_tokenizer()
+    if request.param == "saved words":
+        folder = tmp_path_factory.mktemp("words")
+        tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Tokens(tokenizer, 16, 4)
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", *Tokens.SPECIAL])
+def test_special_words_in_a_caption_are_text(tokens, name):
+    text = f"a red{name} ring {name}"
+    ids = tokens.encode(text)
+    assert ids and all(0 <= i < tokens.text_size for i in ids)
+    assert tokens.sot not in ids and tokens.eot not in ids
+    assert tokens.draw(text) == [tokens.t2i, tokens.sot, *ids, tokens.eot]
+    assert tokens.ask(text).count(tokens.sot) == 1
+
+
+def test_words_come_back(tokens):
+    assert tokens.decode([*tokens.encode("a big red ring"), tokens.soi, tokens.mask, tokens.eot]) == "a big red ring"
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def one_color(pixels: torch.Tensor) -> list[float]:
+    """The colour of a plain image in 0..255."""
+    assert (pixels == pixels[:, :1, :1]).all()
+    return ((pixels[:, 0, 0] + 1) * 127.5).tolist()
+
+
+@pytest.mark.parametrize("mode, color, rgb", [
+    ("RGB", (10, 20, 30), (10, 20, 30)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("L", 77, (77, 77, 77)),
+    ("LA", (77, 255), (77, 77, 77)), ("1", 1, (255, 255, 255)), ("I;16", 128 * 257, (128, 128, 128)),
+    ("I;16", 0xFFFF, (255, 255, 255)), ("I;16", 300, (1, 1, 1)),
+])
+@pytest.mark.parametrize("size", [(1, 1), (40, 16), (7, 33)])
+def test_image_modes(tmp_path, mode, color, rgb, size):
+    Image.new(mode, size, color).save(tmp_path / "image.png")
+    pixels = load_image(tmp_path / "image.png", 16)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert one_color(pixels) == pytest.approx(rgb, abs=1)
+
+
+def test_cmyk_and_palette_images(tmp_path):
+    Image.new("CMYK", (20, 30), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg", quality=100)
+    assert one_color(load_image(tmp_path / "cyan.jpg", 8)) == pytest.approx([0, 255, 255], abs=3)
+    Image.new("RGB", (20, 30), (200, 100, 50)).quantize().save(tmp_path / "palette.gif")
+    assert one_color(load_image(tmp_path / "palette.gif", 8)) == pytest.approx([200, 100, 50], abs=3)
+
+
+@pytest.mark.parametrize("orientation, top, bottom", [(1, "red", "red"), (3, "blue", "blue"), (6, "red", "blue"),
+                                                      (8, "blue", "red")])
+@pytest.mark.parametrize("end", ["png", "jpg"])
+def test_photos_are_turned_upright(tmp_path, orientation, top, bottom, end):
+    """The file holds red on the left and blue on the right; orientation 6 means: turn it by 90° clockwise."""
+    image = Image.new("RGB", (32, 32), "red")
+    image.paste("blue", (16, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"photo.{end}", exif=exif)
+    pixels = load_image(tmp_path / f"photo.{end}", 32)
+    colors = {"red": [1, -1, -1], "blue": [-1, -1, 1]}
+    assert pixels[:, 4, 4].tolist() == pytest.approx(colors[top], abs=0.1)
+    assert pixels[:, 28, 4].tolist() == pytest.approx(colors[bottom], abs=0.1)
+
+
+def test_shorter_side_then_centre(tmp_path):
+    """64x16 at 16: nothing is scaled, the middle quarter stays."""
+    image = np.zeros((16, 64, 3), np.uint8)
+    image[:, 24:40] = 255
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    assert (load_image(tmp_path / "wide.png", 16) == 1).all()
+    Image.fromarray(image.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    assert (load_image(tmp_path / "tall.png", 16) == 1).all()
+
+
+@pytest.mark.parametrize("end", ["png", "jpg", "gif", "webp"])
+@pytest.mark.parametrize("keep", [0, 0.05, 0.5])
+def test_truncated_images(tmp_path, end, keep):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"image.{end}"
+    Image.fromarray(noise).save(path)
+    assert load_image(path, 16).shape == (3, 16, 16)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    assert str(path) in error(load_image, path, 16)
+
+
+@pytest.mark.parametrize("name, content", [("missing.png", None), ("text.png", b"hello"), ("folder", "folder")])
+def test_no_images(tmp_path, name, content):
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in error(load_image, tmp_path / name, 16)

@@ -1,0 +1,409 @@
+"""Scores, questions and curation of 02_score.py: TIFA's recorded cases, text similarity, encoders, self-play."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config,
+                          T5ForConditionalGeneration)
+
+from conftest import GOLDEN, stage
+from model import InputError, Pair, Question, Sample, Score, read_jsonl, save_tensors, write_jsonl
+
+scoring = stage("02_score")
+Candidate = scoring.Candidate
+
+TIFA = json.loads((GOLDEN / "tifa_cases.json").read_text())
+
+
+def question(data: dict) -> Question:
+    return Question(data["question"], data["choices"], data["answer"], data.get("element", ""))
+
+
+# ------------------------------------------------------------------------------------------------ TIFA, as recorded
+
+
+def test_tifa_prompt():
+    case = TIFA["_prompt"]
+    assert scoring.TIFA_PROMPT.format(caption=case["caption"]) == case["prompt"]
+
+
+def test_tifa_prompt_takes_braces_in_a_caption():
+    assert "Description: {0} and {caption} [/INST]" in scoring.TIFA_PROMPT.format(caption="{0} and {caption}")
+
+
+@pytest.mark.parametrize("name", [name for name in TIFA if not name.startswith("_")])
+def test_tifa_parse(name):
+    parsed = scoring.parse_questions(TIFA[name]["response"])
+    assert [(q.element, q.question, q.answer) for q in parsed] == \
+        [(q["element"], q["question"], q["answer"]) for q in TIFA[name]["parsed"]]
+    for ours, theirs in zip(parsed, TIFA[name]["parsed"]):
+        assert ours.choices[: len(theirs["choices"])] == theirs["choices"]
+        # where the recorded answer is not among the choices, it is added: otherwise nobody could give it
+        assert set(ours.choices) == {*theirs["choices"], theirs["answer"]}
+
+
+def test_tifa_filter():
+    case = TIFA["_filter"]
+    questions = [question(q) for q in case["questions"]]
+    multiple_choice = [case["multiple_choice_answers"][q.question] for q in questions]
+    free_form = [case["free_form_answers"][q.question] for q in questions]
+    kept = scoring.keep_questions(questions, multiple_choice, free_form)
+    assert [q.question for q in kept] == case["kept"]
+
+
+@pytest.mark.parametrize("pair", TIFA["_filter"]["f1"])
+def test_tifa_f1(pair):
+    assert scoring.token_f1(*pair.split("|")) == pytest.approx(TIFA["_filter"]["f1"][pair])
+
+
+# -------------------------------------------------------------------------------------------------- text similarity
+
+
+@pytest.mark.parametrize("caption, truth, score", [
+    ("A big red ring.", "a big red ring", 1.0),  # case and punctuation do not count
+    ("three rings", "3 rings", 1.0),
+    ("a cat", "two dogs", 0.0),
+    ("", "a cat", 0.0),
+    ("cat dog", "dog cat", 2 * 2 / (3 + 3)),  # both words, but not the word pair
+    ("ring left of cross", "cross left of ring", 2 * (4 + 1) / (7 + 7)),
+    ("ring ring", "ring", 2 * 1 / (3 + 1)),  # a repeated word counts once
+])
+def test_caption_f1(caption, truth, score):
+    assert scoring.caption_f1(caption, truth) == pytest.approx(score)
+    assert scoring.caption_f1(truth, caption) == pytest.approx(score)
+
+
+def test_caption_f1_hears_order_and_token_f1_does_not():
+    truth, swapped = "a big red ring left of a small blue square", "a small blue square left of a big red ring"
+    assert scoring.token_f1(swapped, truth) == 1.0
+    assert scoring.caption_f1(swapped, truth) < scoring.caption_f1(truth, truth) == 1.0
+
+
+def test_caption_scorer_default():
+    score = scoring.caption_scorer("token-f1", "cpu")
+    assert score(["a cat", "two dogs"], "a cat") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer, choices, nearest", [
+    ("red", ["blue", "red"], "red"),
+    ("It is RED.", ["blue", "red"], "red"),
+    ("3", ["two", "three"], "three"),
+    ("green", ["light green", "green"], "green"),  # the same words beat some words
+    ("dark green wall", ["green", "dark blue wall"], "dark blue wall"),  # most words in common
+    ("gren", ["red", "green", "blue"], "green"),  # no word in common: spelling
+    ("", ["yes", "no"], "yes"),  # nothing to go by: the first
+])
+def test_nearest_text(answer, choices, nearest):
+    assert scoring.nearest_text(answer, choices) == nearest
+
+
+def test_accuracy():
+    questions = [Question("?", ["red", "blue"], "red"), Question("?", ["yes", "no"], "no"),
+                 Question("?", ["one", "two"], "two"), Question("?", ["left", "right"], "left")]
+    match = scoring.answer_matcher("text", "cpu")
+    assert scoring.accuracy(["red", "no", "2", "left"], questions, match) == 1.0
+    assert scoring.accuracy(["a red one", "yes", "one", "right"], questions, match) == 0.25
+    assert scoring.accuracy(["blue", "yes", "one", "right"], questions, match) == 0.0
+
+
+# --------------------------------------------------------------------------------------------------------- encoders
+
+WORDS = "a big small red blue ring cross left of two three".split()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny random BERT, its weights large enough that every token matters."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
+                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                            sep_token="[SEP]", model_max_length=12).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=12, initializer_range=0.5)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def by_hand(folder, text: str) -> dict:
+    """Unit vectors of one text, computed alone and without padding."""
+    ids = torch.tensor([[2, *(4 + WORDS.index(w) for w in text.split()), 3]])
+    hidden = BertModel.from_pretrained(folder).eval()(input_ids=ids).last_hidden_state[0]
+    return {name: v / v.square().sum().sqrt() for name, v in (("cls", hidden[0]), ("mean", hidden.sum(0) / len(hidden)))}
+
+
+TEXTS = ["a big red ring left of a small cross", "two ring", "a cross"]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_encoder(bert, pooling):
+    encode = scoring.Encoder(str(bert), pooling, "cpu")
+    together = encode(TEXTS)
+    for vector, text in zip(together, TEXTS):
+        torch.testing.assert_close(vector, by_hand(bert, text)[pooling], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vector, encode([text])[0], rtol=1e-4, atol=1e-5)  # padding changes nothing
+    assert (together @ together.T).fill_diagonal_(0).max() < 0.999  # different texts, different vectors
+
+
+def test_encoder_cuts_long_texts(bert):
+    encode = scoring.Encoder(str(bert), "cls", "cpu")
+    torch.testing.assert_close(encode(["a red ring " * 20]), encode(["a red ring " * 3 + "a"]))
+
+
+def test_caption_scorer_is_the_cosine_of_cls_vectors(bert):
+    scores = scoring.caption_scorer(str(bert), "cpu")(TEXTS, "a cross")
+    truth = by_hand(bert, "a cross")["cls"]
+    assert scores == pytest.approx([float(by_hand(bert, t)["cls"] @ truth) for t in TEXTS], abs=1e-4)
+    assert scores[2] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_matcher_takes_the_nearest_choice_by_mean_vectors(bert):
+    match = scoring.answer_matcher(str(bert), "cpu")
+    choices = ["red ring", "blue cross", "two", "left of"]
+    assert [match(c, choices) for c in choices] == choices
+    for answer in ("a red", "three", "big cross", "of"):
+        vector = by_hand(bert, answer)["mean"]
+        assert match(answer, choices) == max(choices, key=lambda c: float(by_hand(bert, c)["mean"] @ vector))
+
+
+def test_unknown_encoder_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"nothing here.*AutoTokenizer") as error:
+        scoring.Encoder(str(tmp_path / "nothing here"), "cls", "cpu")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ writing questions
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """One token per byte, so that decoding gives the text back; template: where the special tokens go."""
+    vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                   clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="module")
+def questioner(tmp_path_factory):
+    """TIFA's two models, tiny and random; their tokenizers add <s> in front and </s> behind, as the real ones do."""
+    torch.manual_seed(0)
+    writer, reader = tmp_path_factory.mktemp("writer"), tmp_path_factory.mktemp("reader")
+    tokenizer = byte_tokenizer("<s> $A")
+    tokenizer.save_pretrained(writer)
+    byte_tokenizer("$A </s>").save_pretrained(reader)
+    special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 **special)).save_pretrained(writer)
+    T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2,
+                                        decoder_start_token_id=0, **special)).save_pretrained(reader)
+    return scoring.Questioner(str(writer), str(reader), "cpu")
+
+
+@pytest.fixture
+def prompts(questioner, monkeypatch):
+    """What reaches the two models, as (name, token ids, settings); the models still run, but for few tokens."""
+    seen = []
+    for name in ("writer", "reader"):
+        model = getattr(questioner, name)[1]
+
+        def generate(ids, name=name, original=model.generate, **how):
+            seen.append((name, ids[0].tolist(), how))
+            return original(ids, **{**how, "max_new_tokens": 8})
+
+        monkeypatch.setattr(model, "generate", generate)
+    return seen
+
+
+def test_questioner_runs(questioner, prompts):
+    questions = questioner("a blue rabbit {and} a red plane")
+    assert isinstance(questions, list) and all(isinstance(q, Question) for q in questions)
+    (name, ids, how), *_ = prompts
+    assert (name, how["num_beams"], how["do_sample"]) == ("writer", 5, False)
+    expected = scoring.TIFA_PROMPT.format(caption="a blue rabbit {and} a red plane")
+    assert ids.count(1) == 1 and ids[0] == 1 and 2 not in ids  # one <s>: the prompt's own
+    assert questioner.writer[0].decode(ids[1:]) == expected.removeprefix("<s>")
+
+
+def test_generated_text_leaves_the_prompt_out(questioner, monkeypatch):
+    tokenizer, model = questioner.writer
+    answer = tokenizer(" fox\nActivities:", add_special_tokens=False, return_tensors="pt").input_ids
+    monkeypatch.setattr(model, "generate", lambda ids, **how: torch.cat([ids, answer, torch.tensor([[2]])], 1))
+    assert questioner.generate(questioner.writer, "<s>[INST] x [/INST] Entities:") == " fox\nActivities:"
+
+
+RESPONSE = (" rabbit\nActivities:\nColors: blue\nCounting: 2\nOther attributes:\nQuestions and answers are below:\n"
+            "About rabbit (animal):\nQ: what animal is it?\nChoices: rabbit, Cat\nA: rabbit\n"
+            "About blue (color):\nQ: is it blue?\nChoices: yes, no\nA: yes\n"
+            "About two (counting):\nQ: how many?\nChoices: 1, 2\nA: 2")
+
+
+@pytest.fixture
+def written(questioner, monkeypatch):
+    """The question model writes RESPONSE; the QA model is the real random one."""
+    generate = questioner.generate
+    monkeypatch.setattr(questioner, "generate", lambda tools, prompt, **how:
+                        RESPONSE if tools is questioner.writer else generate(tools, prompt, **how))
+
+
+def test_reader_prompts(questioner, prompts, written):
+    """UnifiedQA's two prompts per question, each with one </s> at its end (SPEC: `{q} \\n {caption} \\n (A) a (B) b `)."""
+    questioner("A Blue rabbit")
+    ids = [ids for name, ids, _ in prompts if name == "reader"]
+    assert all(i.count(2) == 1 and i[-1] == 2 and 1 not in i for i in ids)
+    assert [questioner.reader[0].decode(i[:-1]) for i in ids] == [
+        "what animal is it? \n A Blue rabbit \n (A) rabbit (B) Cat ", "what animal is it? \n A Blue rabbit",
+        "is it blue? \n A Blue rabbit \n (A) yes (B) no ", "is it blue? \n A Blue rabbit",
+        "how many? \n A Blue rabbit \n (A) 1 (B) 2 ", "how many? \n A Blue rabbit"]
+
+
+def test_reader_filters(questioner, monkeypatch):
+    """Right with choices and without: kept. Right only with choices: dropped, unless the answer is yes or no."""
+    says = iter([RESPONSE, "rabbit", "a rabbit", "yes", "black", "2", "seven of them"])
+    monkeypatch.setattr(questioner, "generate", lambda *_, **__: next(says))
+    kept = questioner("a blue rabbit")
+    assert kept == [Question("what animal is it?", ["rabbit", "Cat"], "rabbit", "rabbit"),
+                    Question("is it blue?", ["yes", "no"], "yes", "blue")]
+
+
+# --------------------------------------------------------------------------------------------------------- curation
+
+SAMPLE = Sample("a", "a.png", "a red ring", "draw a red ring", captions=["x", "y", "z"])
+
+
+def captions(*scores):
+    return [Candidate(s, [i], f"caption {i}") for i, s in enumerate(scores)]
+
+
+def images(*scores):
+    return [Candidate(s, [10 + i]) for i, s in enumerate(scores)]
+
+
+def previous(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
+    return Pair(id, "a.png", "a red ring", "", [0], "old win", "old lose", [91], [92], *caption_scores, [93], [94],
+                *image_scores)
+
+
+def test_first_round_takes_best_and_worst():
+    pair = scoring.curate(SAMPLE, [7, 8], captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0), None, 0.6)
+    assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", [7, 8], "caption 1", "caption 2", [1], [2], 0.9, 0.1,
+                        [12], [11], 1.0, 0.2)
+
+
+def test_ties_take_the_first():
+    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1, 0.9, 0.1), images(0.2, 1.0, 0.2, 1.0), None, 0.6)
+    assert (pair.win_caption_ids, pair.lose_caption_ids) == ([0], [1])
+    assert (pair.win_image_codes, pair.lose_image_codes) == ([11], [10])
+
+
+@pytest.mark.parametrize("caption_scores, image_scores, why", [
+    ((0.5, 0.5), (1.0, 0.0), "captions: best is not better than worst"),
+    ((0.9,), (1.0, 0.0), "captions: best is not better than worst"),
+    ((0.9, 0.1), (0.8, 0.8), "images: best is not better than worst"),
+    ((0.9, 0.1), (0.6, 0.0), "images: best score is not above 0.6"),  # "above" excludes 0.6 itself
+    ((0.9, 0.1), (3 / 5, 1 / 5), "images: best score is not above 0.6"),
+])
+def test_dropped(caption_scores, image_scores, why):
+    assert scoring.curate(SAMPLE, [], captions(*caption_scores), images(*image_scores), None, 0.6) == why
+
+
+def test_just_above_the_bar_is_kept():
+    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1), images(7 / 11, 0.0), None, 0.6)
+    assert (pair.win_image_score, pair.lose_image_score) == (7 / 11, 0.0)
+
+
+@pytest.mark.parametrize("best, loser", [
+    (0.6, ("old win", [91], 0.5)),  # beats the old winner: meets it
+    (0.5, ("old lose", [92], 0.3)),  # equal is not higher: meets the old loser
+    (0.4, ("old lose", [92], 0.3)),
+])
+def test_self_play_captions(best, loser):
+    pair = scoring.curate(SAMPLE, [], captions(0.0, best), images(1.0, 0.0), previous(), 0.6)
+    assert (pair.win_caption, pair.win_caption_ids, pair.win_caption_score) == ("caption 1", [1], best)
+    assert (pair.lose_caption, pair.lose_caption_ids, pair.lose_caption_score) == loser
+
+
+@pytest.mark.parametrize("best, loser", [(0.9, ([93], 0.8)), (0.8, ([94], 0.7)), (0.75, ([94], 0.7))])
+def test_self_play_images(best, loser):
+    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1), images(0.0, best), previous(), 0.6)
+    assert (pair.win_image_codes, pair.win_image_score) == ([11], best)
+    assert (pair.lose_image_codes, pair.lose_image_score) == loser
+
+
+@pytest.mark.parametrize("caption_scores, image_scores, why", [
+    ((0.3, 0.1), (1.0, 0.0), "captions: best is not better than worst"),  # only as good as the old loser
+    ((0.9, 0.1), (0.7, 0.0), "images: best is not better than worst"),
+    ((0.9, 0.1), (0.6, 0.0), "images: best score is not above 0.6"),
+])
+def test_self_play_dropped(caption_scores, image_scores, why):
+    assert scoring.curate(SAMPLE, [], captions(*caption_scores), images(*image_scores), previous(), 0.6) == why
+
+
+# ---------------------------------------------------------------------------------------------------- the whole stage
+
+FIVE = [Question(f"q{i}?", ["yes", "no"], "yes") for i in range(5)]
+
+
+@pytest.fixture
+def score_stage(tmp_path, monkeypatch):
+    """Run 02_score.py's main on three sampled records, with a policy that answers code[0] questions right."""
+    samples = [Sample(id, f"{id}.png", "a big red ring", questions=FIVE, captions=["a cat", "a big red ring", "a big cat"])
+               for id in "abc"]
+    samples.append(Sample("d", "d.png", "a ring", captions=["a", "ring", "x"]))  # no questions
+    tensors = {}
+    for n, s in enumerate(samples):
+        tensors |= {f"{s.id}/image": torch.tensor([n, n]), f"{s.id}/captions": torch.tensor([[5, -1], [6, 7], [8, -1]]),
+                    f"{s.id}/images": torch.tensor([[2, n], [5, n], [1, n], [4, n]])}
+    save_tensors(tmp_path / "samples" / "samples.safetensors", tensors)
+    write_jsonl(tmp_path / "samples" / "samples.jsonl", samples)
+
+    def answer_questions(model, codes, questions, max_new_tokens):
+        return [["yes" if i < code[0] else "no" for i in range(len(qs))] for code, qs in zip(codes.tolist(), questions)]
+
+    monkeypatch.setattr(scoring, "answer_questions", answer_questions)
+    monkeypatch.setattr(scoring, "load_from", lambda args: (SimpleNamespace(device="cpu"), None))
+    monkeypatch.setattr(scoring, "save_gallery", lambda *_: None)
+
+    def run(*options, out="out"):
+        monkeypatch.setattr(sys, "argv", ["02_score.py", "--samples", str(tmp_path / "samples"),
+                                          "--out", str(tmp_path / out), *map(str, options)])
+        scoring.main()
+        pairs, scores = read_jsonl(tmp_path / out / "pairs.jsonl", Pair), read_jsonl(tmp_path / out / "scores.jsonl", Score)
+        return {p.id: p for p in pairs}, {s.id: s for s in scores}
+
+    return run
+
+
+def test_stage_scores_and_pairs(score_stage):
+    pairs, scores = score_stage()
+    assert list(pairs) == ["a", "b", "c"] and scores["d"].dropped == "no questions"
+    assert scores["b"].image_scores == [0.4, 1.0, 0.2, 0.8]
+    assert scores["b"].answers[0] == ["yes", "yes", "no", "no", "no"]
+    assert scores["b"].caption_scores == [pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
+    assert pairs["b"] == Pair("b", "b.png", "a big red ring", "", [1, 1], "a big red ring", "a cat", [6, 7], [5], 1.0,
+                              pytest.approx(0.2), [5, 1], [1, 1], 1.0, 0.2)
+
+
+def test_stage_does_not_depend_on_the_batch(score_stage):
+    assert score_stage("--batch", 3, out="three") == score_stage("--batch", 1, out="one")
+
+
+def test_stage_joins_the_previous_round_by_id(score_stage, tmp_path):
+    """The previous round is in another order, lacks record b and has a record that is not sampled now."""
+    old = [previous((1.0, 0.5), (1.0, 0.4), id="c"), previous(id="zebra"), previous((0.7, 0.1), (0.9, 0.3), id="a")]
+    write_jsonl(tmp_path / "previous.jsonl", old)
+    pairs, _ = score_stage("--previous", tmp_path / "previous.jsonl")
+    losers = {id: (p.lose_caption, p.lose_caption_score, p.lose_image_codes, p.lose_image_score) for id, p in pairs.items()}
+    assert losers == {"a": ("old win", 0.7, [93], 0.9),  # 1.0 beats 0.7 and 0.9
+                      "b": ("a cat", pytest.approx(0.2), [1, 1], 0.2),  # no history
+                      "c": ("old lose", 0.5, [94], 0.4)}  # 1.0 does not beat 1.0

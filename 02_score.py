@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, atomic, claim, load_from,
-                   load_tensors, load_image, map_records, parse_record, read_jsonl, run, sheet, to_pil, vqa_question,
+                   load_tensors, map_records, parse_record, read_jsonl, reason, run, sheet, to_pil, vqa_question,
                    write_jsonl, write_text)
 
 # ---------------------------------------------------------------------------------------------------- text similarity
@@ -74,7 +74,7 @@ def load_hf(kind, name: str):
     try:
         return kind.from_pretrained(name)
     except Exception as error:
-        raise InputError(f"{name}: cannot load as {kind.__name__} ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{name}: cannot load as {kind.__name__} ({reason(error)})") from None
 
 
 def caption_scorer(name: str, device):
@@ -119,7 +119,7 @@ def parse_questions(response: str) -> list[Question]:
     A question without element, choices or answer is left out; an answer that is not among the choices is added.
     """
     questions, element, question, choices = [], None, None, None
-    for line in response.splitlines():
+    for line in response.split("\n\n")[0].splitlines():  # after an empty line the model begins to ramble
         key, _, value = line.strip().partition(":")
         value = value.strip()
         if key.startswith("About "):
@@ -137,12 +137,13 @@ def parse_questions(response: str) -> list[Question]:
 
 def keep_questions(questions: list[Question], multiple_choice: list[str], free_form: list[str]) -> list[Question]:
     """TIFA's filter: the QA model must find the answer from the caption alone, with choices and (unless yes/no) without."""
-    kept = []
+    kept, seen = [], set()
     for q, chosen, said in zip(questions, multiple_choice, free_form):
-        right = nearest_text(chosen, q.choices) == q.answer
+        right = words(chosen) == words(q.answer)
         free = q.answer in ("yes", "no") or token_f1(q.answer, said) > 0.6
-        if right and free and q.question not in [k.question for k in kept]:
+        if right and free and q.question not in seen:
             kept.append(q)
+        seen.add(q.question)
     return kept
 
 
@@ -163,12 +164,11 @@ class Questioner:
     def __call__(self, caption: str) -> list[Question]:
         questions = parse_questions(self.generate(self.writer, TIFA_PROMPT.format(caption=caption), num_beams=5,
                                                   max_new_tokens=512))
-        context = caption.lower()
         with_choices, without = [], []
         for q in questions:
-            listed = " ".join(f"({chr(97 + i)}) {c}" for i, c in enumerate(q.choices))
-            with_choices.append(self.generate(self.reader, f"{q.question} \n {context} \n {listed} ", max_new_tokens=32))
-            without.append(self.generate(self.reader, f"{q.question} \n {context}", max_new_tokens=32))
+            listed = " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(q.choices))
+            with_choices.append(self.generate(self.reader, f"{q.question} \n {caption} \n {listed} ", max_new_tokens=32))
+            without.append(self.generate(self.reader, f"{q.question} \n {caption}", max_new_tokens=32))
         return keep_questions(questions, with_choices, without)
 
 

@@ -86,9 +86,9 @@ class ModelJudge:
 
     def ask(self, picture, question: Question) -> str:
         text = f"{question.question} Choose one of: {', '.join(question.choices)}. Answer with the choice only."
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = self.processor(images=picture, text=prompt, return_tensors="pt").to(self.model.device)
+        chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+        inputs = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                                    return_tensors="pt").to(self.model.device)
         out = self.model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         return self.processor.decode(out, skip_special_tokens=True).strip()
 

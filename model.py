@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,11 @@ IGNORE = -100  # "no label here"
 
 class InputError(Exception):
     """Something the user gave us is wrong. The message names the file, the line or id, and the field."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says went wrong, or at least the kind of error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run(main):
@@ -155,11 +160,15 @@ def parse_value(kind, value, where: str):
         return [parse_value(typing.get_args(kind)[0], v, where) for v in value]
     if dataclasses.is_dataclass(kind):
         return parse_record(kind, value, where)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if type(value) is not kind or kind is float:
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (kind is float and abs(value) > 1e300) or (kind is str and not value.isascii() and unpaired(value)):
         raise InputError(f"{where} should be {kind.__name__}, found {json.dumps(value)[:60]}")
-    return value
+    return kind(value)
+
+
+def unpaired(text: str) -> bool:
+    """Half of a surrogate pair is legal in JSON and cannot be written to a file again."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_text(path) -> str:
@@ -185,7 +194,7 @@ def check_ids(records: list, path) -> list:
     """Ids join the stages and name files: they must be unique, non-empty, and safe as a file name."""
     seen = set()
     for number, r in enumerate(records, 1):
-        bad = r.id in ("", ".", "..") or len(r.id) > 200 or any(c in "/\\" or ord(c) < 32 for c in r.id)
+        bad = r.id in ("", ".", "..") or len(r.id.encode()) > 200 or any(c in "/\\" or ord(c) < 32 for c in r.id)
         if bad:
             raise InputError(f"{path}: record {number}: field 'id': {r.id[:60]!r} cannot be used as a file name")
         if r.id in seen:
@@ -231,7 +240,7 @@ def read_records(path, questions=None) -> list[Record]:
             owner.questions.append(question)
     for r in records:
         beside = path.parent / r.image
-        r.image = str((beside if beside.exists() or not Path(r.image).exists() else Path(r.image)).absolute())
+        r.image = os.path.abspath(r.image if os.path.exists(r.image) and not os.path.exists(beside) else beside)
     return records
 
 
@@ -245,7 +254,7 @@ def read_array(path):
 def original_record(value, where: str) -> Record:
     if isinstance(value, dict):
         value = {**value, "image": value.get("image", value.get("img_path"))}
-        if isinstance(value.get("id"), int):
+        if type(value.get("id")) is int:
             value["id"] = str(value["id"])
     return parse_record(Record, value, where)
 
@@ -264,7 +273,8 @@ def atomic(path):
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
@@ -332,10 +342,15 @@ def load_image(path, size: int) -> torch.Tensor:
     """(3, size, size) in [-1, 1]: shorter side to `size` (bicubic, antialiased), centre crop, as the original does."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits per pixel: convert() would clip instead of scale
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, … for broken files
         raise InputError(f"{path}: cannot read image: {error}") from None
-    short = min(image.size)
+    short, long = sorted(image.size)
+    if long > 100 * short:
+        raise InputError(f"{path}: an image of {image.size[0]}x{image.size[1]} pixels has no usable centre")
     width, height = (int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -859,18 +874,23 @@ def find_file(folder, name: str) -> str | None:
         return str(path) if path.is_file() else None
     try:
         return cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # no network, no such repository, a name that is no repository id
-        raise InputError(f"{folder}: neither a folder here nor reachable on the hub ({type(error).__name__})") from None
+    except Exception as error:  # a name that is no repository id, a repository that does not exist
+        raise InputError(f"{folder}: neither a folder here nor reachable on the hub ({reason(error)})") from None
+
+
+def read_object(path) -> dict:
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
 
 
 def read_config(folder) -> dict:
     path = find_file(folder, "config.json")
     if path is None:
-        raise InputError(f"{folder}: config.json is missing")
-    config = parse_json(read_text(path), path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected an object")
-    return config
+        known = "config.json is missing" if Path(folder).exists() else "neither a folder here nor reachable on the hub"
+        raise InputError(f"{folder}: {known}")
+    return read_object(path)
 
 
 def read_weights(folder) -> tuple[dict, str]:
@@ -883,23 +903,27 @@ def read_weights(folder) -> tuple[dict, str]:
         raise InputError(f"{folder}: no weights; looked for {', '.join(WEIGHTS)}")
     files = [path]
     if path.endswith(".index.json"):
-        index = parse_json(read_text(path), path)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise InputError(f"{path}: field 'weight_map' is missing")
-        names = sorted(set(index["weight_map"].values()))
+        shards = read_object(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise InputError(f"{path}: field 'weight_map' should name a file for every parameter")
+        names = sorted(set(shards.values()))
         files = [find_file(folder, name) for name in names]
         if None in files:
             raise InputError(f"{path}: field 'weight_map': {names[files.index(None)]} is missing")
     weights = {}
     for file in files:
-        if file.endswith(".bin"):
-            try:
-                weights.update(torch.load(file, map_location="cpu", weights_only=True))
-            except Exception as error:
-                raise InputError(f"{file}: not a file of plain tensors ({str(error).splitlines()[0]})") from None
-        else:
-            weights.update(load_tensors(file))
+        weights.update(read_bin(file) if file.endswith(".bin") else load_tensors(file))
     return weights, path
+
+
+def read_bin(file: str) -> dict:
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, end of file, code that was not run, …
+        raise InputError(f"{file}: not a file of plain tensors ({reason(error)})") from None
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise InputError(f"{file}: expected a dictionary of parameter names and tensors")
+    return weights
 
 
 def fill(module: nn.Module, weights: dict, path: str) -> None:
@@ -916,9 +940,11 @@ def fill(module: nn.Module, weights: dict, path: str) -> None:
 
 def phi_config(folder, name: str) -> PhiConfig:
     """The language model's sizes: a file beside the checkpoint, or Phi-1.5, whose sizes are PhiConfig's defaults."""
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{folder}/config.json: field 'llm_model_path' should be a name, found {name!r}")
     path = find_file(folder, Path(name).name)
     if path is not None:
-        return PhiConfig.from_dict(parse_json(read_text(path), path))
+        return PhiConfig.from_dict(read_object(path))
     if Path(name).name == "phi-1_5":
         return PhiConfig()
     try:
@@ -947,7 +973,7 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise InputError(f"{folder}: cannot load the text tokenizer ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{folder}: cannot load the text tokenizer ({reason(error)})") from None
 
 
 def build(config: dict, phi: PhiConfig, tokenizer, where: str = "config.json") -> Showo:

@@ -284,6 +284,42 @@ def parse_args():
     return args
 
 
+def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) -> list[dict]:
+    """Score fields of some records; tools = (caption scorer, answer matcher, question writer or None)."""
+    similarity, match, questioner = tools
+    asked = [s.questions or (questioner(s.caption) if questioner else []) for s in samples]
+    codes = [tensors[f"{s.id}/images"].long() for s in samples]  # (K, N) each
+    images = torch.cat(codes).to(model.device)
+    if args.reencode:
+        images = as_seen(model, vq, images)
+    per_image = [questions for questions, c in zip(asked, codes) for _ in range(len(c))]
+    answers = iter(answer_questions(model, images, per_image, args.max_new_tokens))
+    results = []
+    for s, questions, c in zip(samples, asked, codes):
+        said = [next(answers) for _ in range(len(c))]
+        results.append(dict(id=s.id, questions=[vars(q) for q in questions], answers=said,
+                            caption_scores=similarity(s.captions, s.caption),
+                            image_scores=[accuracy(a, questions, match) for a in said] if questions else []))
+    return results
+
+
+def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, threshold: float) -> list[Pair]:
+    """The pairs of all records that give one; the others get the reason in their score."""
+    pairs = []
+    for s, score in zip(samples, scores):
+        found = "no questions"
+        if score.questions:
+            ids = [[t for t in row if t >= 0] for row in tensors[f"{s.id}/captions"].tolist()]
+            captions = [Candidate(*c) for c in zip(score.caption_scores, ids, s.captions)]
+            images = [Candidate(*c) for c in zip(score.image_scores, tensors[f"{s.id}/images"].tolist())]
+            found = curate(s, tensors[f"{s.id}/image"].tolist(), captions, images, previous.get(s.id), threshold)
+        if isinstance(found, Pair):
+            pairs.append(found)
+        else:
+            score.dropped = found
+    return pairs
+
+
 def main():
     args = parse_args()
     samples, tensors = read_samples(args.samples)
@@ -291,48 +327,23 @@ def main():
     if not claim(args.out, vars(args), "pairs.jsonl", args.overwrite):
         return print(f"{args.out / 'pairs.jsonl'} is complete")
     model, vq = load_from(args)
-    similarity = caption_scorer(args.caption_scorer, model.device)
-    match = answer_matcher(args.matcher, model.device)
-    questioner = Questioner(args.question_model, args.qa_model, model.device) if args.question_model else None
+    tools = (caption_scorer(args.caption_scorer, model.device), answer_matcher(args.matcher, model.device),
+             Questioner(args.question_model, args.qa_model, model.device) if args.question_model else None)
 
     @torch.inference_mode()
-    def score(chunk: list[Sample]) -> list[dict]:
-        asked = [s.questions or (questioner(s.caption) if questioner else []) for s in chunk]
-        codes = [tensors[f"{s.id}/images"].long() for s in chunk]  # (K, N) each
-        images = torch.cat(codes).to(model.device)
-        if args.reencode:
-            images = as_seen(model, vq, images)
-        per_image = [q for q, c in zip(asked, codes) for _ in range(len(c))]
-        answers = iter(answer_questions(model, images, per_image, args.max_new_tokens))
-        results = []
-        for s, questions, c in zip(chunk, asked, codes):
-            said = [next(answers) for _ in range(len(c))]
-            results.append(dict(id=s.id, questions=[vars(q) for q in questions], answers=said,
-                                caption_scores=similarity(s.captions, s.caption),
-                                image_scores=[accuracy(a, questions, match) for a in said] if questions else []))
-        return results
+    def score(chunk):
+        return score_records(chunk, tensors, model, vq, tools, args)
 
     results = map_records(score, samples, args.out, args.batch, "score")
     if results is None:
         return
-    pairs, scores = [], []
-    for s, found in zip(samples, results):
-        score = parse_record(Score, found, f"{args.out}: id {s.id!r}")
-        if score.questions:
-            ids = [[t for t in row if t >= 0] for row in tensors[f"{s.id}/captions"].tolist()]
-            captions = [Candidate(*c) for c in zip(score.caption_scores, ids, s.captions)]
-            images = [Candidate(*c) for c in zip(score.image_scores, tensors[f"{s.id}/images"].tolist())]
-            pair = curate(s, tensors[f"{s.id}/image"].tolist(), captions, images, previous.get(s.id), args.min_image_score)
-        else:
-            pair = "no questions"
-        score.dropped = pair if isinstance(pair, str) else ""
-        scores.append(score)
-        pairs += [] if score.dropped else [pair]
+    scores = [parse_record(Score, r, f"{args.out}: id {r['id']!r}") for r in results]
+    pairs = make_pairs(samples, scores, tensors, previous, args.min_image_score)
     write_jsonl(args.out / "scores.jsonl", scores)
     print(f"{len(samples)} records, {len(pairs)} pairs: {args.out}")
     reasons = Counter(s.dropped for s in scores if s.dropped).most_common()
-    for reason, count in reasons:
-        print(f"  dropped {count:5d}  {reason}")
+    for why, count in reasons:
+        print(f"  dropped {count:5d}  {why}")
     if not pairs:
         raise InputError(f"{args.out}: no pairs to train on; most records: {reasons[0][0]} (all scores: scores.jsonl)")
     save_gallery(vq, pairs[: args.show], model.device, args.out / "pairs.png")

@@ -10,8 +10,8 @@ writes  OUT/answers.jsonl   per record: the caption, every answer about the real
     python 04_eval.py --compare runs/toy/eval/base runs/toy/eval/round1 --out runs/toy/eval    # table and picture
 
 understanding   accuracy of the model's answers about the real image
-generation      accuracy of an outside judge's answers about one drawn image (the paper: GPT-4o): --judge toy is the toy
-                world's exact oracle, any other name a transformers image-text-to-text model
+generation      accuracy of a judge's answers about one drawn image (the paper: GPT-4o): --judge toy is the toy world's
+                exact oracle, self the checkpoint itself, any other name a transformers image-text-to-text model
 everything right  share of drawings without any mistake: by the oracle, or all questions answered right
 gap             understanding − generation
 """
@@ -69,7 +69,24 @@ class ToyJudge:
         try:
             return self.world.judge(picture, record.drawing_text)["correct"]
         except ValueError as error:
-            raise InputError(f"id {record.id!r}: {error}; --judge toy only knows toy captions") from None
+            raise InputError(f"id {record.id!r}: {error}; --judge toy only knows toy captions, --judge self any") from None
+
+
+class SelfJudge:
+    """The policy itself looks at its pictures, as in stage 2 with --reencode."""
+
+    def __init__(self, model, vq, match, max_new_tokens: int):
+        self.model, self.vq, self.match, self.max_new_tokens = model, vq, match, max_new_tokens
+
+    @torch.inference_mode()
+    def answer(self, picture, questions):
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        codes = self.vq.encode(pixels[None].to(self.model.device))
+        answers = scoring.answer_questions(self.model, codes, [questions], self.max_new_tokens)[0]
+        return [self.match(a, q.choices) for a, q in zip(answers, questions)]
+
+    def all_right(self, picture, record, right):
+        return all(right)
 
 
 class ModelJudge:
@@ -144,7 +161,12 @@ def evaluate_checkpoint(args) -> None:
     model, vq = load_from(args)
     similarity = scoring.caption_scorer(args.caption_scorer, model.device)
     match = scoring.answer_matcher(args.matcher, model.device)
-    judge = ToyJudge() if args.judge == "toy" else ModelJudge(args.judge, match, model.device)
+    if args.judge == "toy":
+        judge = ToyJudge()
+    elif args.judge == "self":
+        judge = SelfJudge(model, vq, match, args.max_new_tokens)
+    else:
+        judge = ModelJudge(args.judge, match, model.device)
 
     @torch.inference_mode()
     def examine(chunk: list[Record]) -> list[dict]:
@@ -216,7 +238,7 @@ def parse_args():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="OUT", help="compare finished evaluations instead")
-    parser.add_argument("--judge", default="toy", help="toy, or an image-text-to-text model by id or folder")
+    parser.add_argument("--judge", default="toy", help="toy, self, or an image-text-to-text model by id or folder")
     parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder whose [CLS] vectors to compare")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
     parser.add_argument("--n", type=int, help="only the first N records")

@@ -1,13 +1,15 @@
-"""Train the toy's image tokenizer and its base model from scratch: the seeded recipe behind toy/base.
+"""Make the toy's tokenizers and its base model from scratch: the seeded recipe behind toy/base.
 
-    python toy/pretrain.py --out runs/pretrain          # toy/base is runs/pretrain/base
+    python toy/pretrain.py --out runs/pretrain          # writes runs/pretrain/base, which is toy/base
+
+Text tokenizer: one token per word of the world.
 
 Image tokenizer: MAGVIT-v2 as published, but small, and with its bits assigned. Left to itself, lookup-free quantisation
 is slow to find 40 objects; told which eight bits mean which object, it reads and draws all of them after a thousand
 steps. The transformer knows nothing of this: to it they are 256 codes, as 2^13 are to Show-o.
 
 Base model: Show-o of 1.3 M parameters, trained as the original is, on images to draw (masked slots), captions and
-questions; only captions of the "train" split. It is stopped early, when it understands much better than it draws.
+questions; only captions of the "train" split. After 3,000 steps it understands much better than it draws.
 """
 
 import argparse
@@ -18,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
-from transformers import PhiConfig, get_scheduler
+from transformers import PhiConfig, PreTrainedTokenizerFast, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (CAPTION_QUESTION, Magvit, MagvitConfig, Question, Segment, Showo, Tokens, answer_segment,  # noqa: E402
-                   image_segment, load_magvit, load_tokenizer, pack, random_mask, run, save, save_magvit, seed_of, to_pil, vqa_question)
+                   image_segment, load_magvit, pack, random_mask, run, save, save_magvit, seed_of, to_pil, vqa_question)
 from toy import world  # noqa: E402
 
 BITS = 8
@@ -31,6 +34,19 @@ EMPTY = len(world.TYPES)  # row of an empty cell in tables by type; a grid's -1 
 MAGVIT = MagvitConfig(ch=32, bits=BITS, encoder_mult=(1, 1, 1, 2, 2), encoder_blocks=(0, 1, 1, 1, 1),
                       decoder_mult=(1, 1, 1, 2, 2), decoder_blocks=(0, 1, 1, 1, 1))
 PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512)
+
+
+# ---------------------------------------------------------------------------------------------------- text tokenizer
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-case words without punctuation; decoding joins them with spaces. Show-o's special tokens are not in it."""
+    words = ["<|endoftext|>", "<|unk|>", *world.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False)
 
 
 # --------------------------------------------------------------------------------------------------- image tokenizer
@@ -132,7 +148,7 @@ def reading_row(tokens, caption: str, codes: list[int], rng) -> list[Segment]:
 
 
 def train_base(model: Showo, vq: Magvit, args) -> None:
-    """AdamW with cosine decay over `--schedule` steps, stopped after `--steps`; 64 drawings and 16 readings per step."""
+    """AdamW with cosine decay; 64 images to draw and 16 to read per step."""
     captions, rng = world.captions("train"), np.random.default_rng(args.seed)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -140,7 +156,7 @@ def train_base(model: Showo, vq: Magvit, args) -> None:
                                   lr=2e-3, betas=(0.9, 0.98))
     floor = 0.03
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 150) * (
-        floor + (1 - floor) * (1 + math.cos(math.pi * min(1, s / args.schedule))) / 2))
+        floor + (1 - floor) * (1 + math.cos(math.pi * s / args.steps)) / 2))
     model.train()
     for step in (bar := tqdm(range(args.steps), desc="base model")):
         texts = [captions[i] for i in rng.integers(len(captions), size=64 + 16)]
@@ -165,11 +181,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--magvit-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=1500, help="of the base model")
-    parser.add_argument("--schedule", type=int, default=3000, help="steps over which the learning rate would decay")
+    parser.add_argument("--steps", type=int, default=3000, help="of the base model")
     parser.add_argument("--keep", type=int, nargs="*", default=[], help="also save after these steps, to choose a base")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="toy/base was made with one; sums round differently with more")
     return parser.parse_args()
 
 
@@ -182,7 +197,7 @@ def main():
     vq = load_magvit(folder)
     print("object cells right {:.4f}, all cells right {:.4f}, codes as assigned {:.4f}".format(*reconstruction(vq)))
     torch.manual_seed(args.seed)
-    model = new_model(load_tokenizer(Path(__file__).parent / "tokenizer"))
+    model = new_model(word_tokenizer())
     train_base(model, vq, args)
     save(model, vq, args.out / "base")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters: {args.out / 'base'}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model import (CAPTION_QUESTION, Ask, InputError, Record, Sample, add_model_arguments, atomic, claim, draw_images,
+from model import (CAPTION_QUESTION, Ask, Record, Sample, add_model_arguments, atomic, claim, draw_images,
                    load_from, load_image, map_records, read_records, run, save_tensors, seed_of, sheet, to_pil,
                    write_jsonl, write_text)
 
@@ -123,13 +123,13 @@ def parse_args():
     parser.add_argument("--captions", type=int, default=10, help="captions per image")
     parser.add_argument("--caption-settings", type=setting, nargs="+", metavar="K:T",
                         default=[setting(s) for s in RELEASED_SETTINGS],
-                        help="top-k:temperature, used in turn; top-k 1 is greedy, 0 the whole vocabulary [the ten released]")
+                        help="top-k:temperature, in turn; top-k 1 is greedy, 0 the whole vocabulary [the ten released]")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--images", type=int, default=16, help="images per caption")
     parser.add_argument("--steps", type=int, default=50, help="decoding steps per image")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--temperature", type=float, default=1.0, help="of the confidence noise")
-    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="the original, or MaskGIT's")
+    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="original, MaskGIT's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--round", type=int, default=1, help="self-play round: enters all seeds")
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")
@@ -155,7 +155,8 @@ def main():
         codes = encode_images(model, vq, chunk)
         captions = sample_captions(model, codes, chunk, args)
         images = sample_images(model, chunk, args).tolist()
-        return [dict(id=r.id, image=c, captions=t, images=i) for r, c, t, i in zip(chunk, codes.tolist(), captions, images)]
+        return [dict(id=r.id, image=c, captions=t, images=i)
+                for r, c, t, i in zip(chunk, codes.tolist(), captions, images)]
 
     results = map_records(sample, records, args.out, args.batch, "sample")
     if results is not None:

@@ -102,7 +102,7 @@ def nearest_text(answer: str, choices: list[str]) -> str:
     return max(choices, key=likeness)
 
 
-# ---------------------------------------------------------------------------------------- questions (TIFA, SPEC 3)
+# ------------------------------------------------------------------------------------------- questions, as in TIFA
 
 TIFA_PROMPT = """<s>[INST] <<SYS>>
 Given an image description, generate one or two multiple-choice questions that verifies if the image description is correct.
@@ -136,7 +136,7 @@ def parse_questions(response: str) -> list[Question]:
 
 
 def keep_questions(questions: list[Question], multiple_choice: list[str], free_form: list[str]) -> list[Question]:
-    """TIFA's filter: the QA model must find the answer from the caption alone, with choices and (unless yes/no) without."""
+    """TIFA's filter: the QA model must be right from the caption alone, with choices and (but for yes/no) without."""
     kept, seen = [], set()
     for q, chosen, said in zip(questions, multiple_choice, free_form):
         right = words(chosen) == words(q.answer)
@@ -167,7 +167,8 @@ class Questioner:
         with_choices, without = [], []
         for q in questions:
             listed = " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(q.choices))
-            with_choices.append(self.generate(self.reader, f"{q.question} \n {caption} \n {listed} ", max_new_tokens=32))
+            chosen = self.generate(self.reader, f"{q.question} \n {caption} \n {listed} ", max_new_tokens=32)
+            with_choices.append(chosen)
             without.append(self.generate(self.reader, f"{q.question} \n {caption}", max_new_tokens=32))
         return keep_questions(questions, with_choices, without)
 
@@ -181,7 +182,7 @@ def as_seen(model, vq, codes: torch.Tensor) -> torch.Tensor:
     return vq.encode(pixels)
 
 
-def answer_questions(model, images: torch.Tensor, questions: list[list[Question]], max_new_tokens: int) -> list[list[str]]:
+def answer_questions(model, images, questions: list[list[Question]], max_new_tokens: int) -> list[list[str]]:
     """The policy's own answers: images (B, N), questions per image -> answers per image, greedy."""
     asks = [Ask(i, model.tokens.ask(vqa_question(q))) for i, qs in enumerate(questions) for q in qs]
     answers = iter(write_text(model, images, asks, max_new_tokens) if asks else [])
@@ -268,8 +269,8 @@ def parse_args():
     parser.add_argument("--samples", type=Path, required=True, help="output folder of 01_sample.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
-    parser.add_argument("--previous", type=Path, help="pairs.jsonl of the round before: the self-play rule, joined by id")
-    parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder whose [CLS] vectors to compare")
+    parser.add_argument("--previous", type=Path, help="pairs.jsonl of the last round, for self-play; joined by id")
+    parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder: its [CLS] vectors")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
     parser.add_argument("--question-model", help="writes questions for records that have none")
     parser.add_argument("--qa-model", help="filters the written questions")
@@ -303,7 +304,7 @@ def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) 
     return results
 
 
-def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, threshold: float) -> list[Pair]:
+def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, threshold: float):
     """The pairs of all records that give one; the others get the reason in their score."""
     pairs = []
     for s, score in zip(samples, scores):

@@ -9,7 +9,7 @@ writes  OUT/checkpoint          what stage 1 (and the original program) loads
 
 Per record, with Δ = [log π(win) − log π_ref(win)] − [log π(lose) − log π_ref(lose)]:
 
-    loss = −log σ(β Δ_und) − log σ(β Δ_gen)                                               (Eq. 12; SPEC: the right sum)
+    loss = −log σ(β Δ_und) − log σ(β Δ_gen)     (Eq. 12; Eq. 6 and 15 print one σ of a product)
 
 Text: the sum over answer tokens and <|eot|>, in the very format that was sampled. Image: the sum over the slots of one
 random mask, the same for win and lose, policy and reference. Defaults are the paper's.
@@ -162,7 +162,7 @@ def train(model, tokens, order, reference, accelerator, args) -> None:
             check(log, [order[v][0].id for v in range(step * args.batch, (step + 1) * args.batch)], args)
             scheduler.step()
             write_log(log, accelerator, args.out)
-            bar.set_postfix(loss=f"{log['loss']:.3f}", und=f"{log['accuracy_und']:.2f}", gen=f"{log['accuracy_gen']:.2f}")
+            bar.set_postfix({k: f"{log[k]:.2f}" for k in ("loss", "accuracy_und", "accuracy_gen")})
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 save_state(accelerator, args.out, step + 1)
 
@@ -233,10 +233,10 @@ def parse_args():
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--nll-und", type=float, default=0.0, help="weight of the winning caption's NLL per token")
     parser.add_argument("--nll-gen", type=float, default=0.0, help="weight of the winning image's NLL per masked slot")
-    parser.add_argument("--drop-text", type=float, default=0.1, help="share of records drawn from the empty text, as Show-o")
+    parser.add_argument("--drop-text", type=float, default=0.1, help="share of records with an empty text, as Show-o")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--epochs", type=float, help="instead of --steps: passes over the pairs")
-    parser.add_argument("--batch", type=int, default=32, help="records per step, all processes together (paper: 4 on 8 GPUs)")
+    parser.add_argument("--batch", type=int, default=32, help="records per step, over all processes (paper: 8 x 4)")
     parser.add_argument("--micro-batch", type=int, default=4, help="records per forward pass and process")
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")

@@ -29,8 +29,8 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from model import (CAPTION_QUESTION, Ask, InputError, Question, Record, add_model_arguments, atomic, claim, draw_images,
-                   load_from, load_image, map_records, parse_json, parse_record, read_jsonl, read_records, read_text, run,
-                   seed_of, sheet, to_pil, write_jsonl, write_text)
+                   load_from, load_image, map_records, parse_json, parse_record, read_jsonl, read_records, read_text,
+                   run, seed_of, sheet, to_pil, write_jsonl, write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
 
@@ -69,7 +69,7 @@ class ToyJudge:
         try:
             return self.world.judge(picture, record.drawing_text)["correct"]
         except ValueError as error:
-            raise InputError(f"id {record.id!r}: {error}; --judge toy only knows toy captions, --judge self any") from None
+            raise InputError(f"id {record.id!r}: {error}; --judge self knows any caption") from None
 
 
 class SelfJudge:
@@ -239,13 +239,13 @@ def parse_args():
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="OUT", help="compare finished evaluations instead")
     parser.add_argument("--judge", default="toy", help="toy, self, or an image-text-to-text model by id or folder")
-    parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder whose [CLS] vectors to compare")
+    parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder: its [CLS] vectors")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
     parser.add_argument("--n", type=int, help="only the first N records")
     parser.add_argument("--steps", type=int, default=50, help="decoding steps per image")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--temperature", type=float, default=1.0, help="of the confidence noise")
-    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="the original, or MaskGIT's")
+    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="original, MaskGIT's")
     parser.add_argument("--max-new-tokens", type=int, default=20, help="per answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")

@@ -285,13 +285,17 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
     out, state = Path(out), PartialState()
     settings = {k: str(v) for k, v in settings.items() if k not in ("out", "overwrite", "device", "batch")}
     if state.is_main_process:
-        if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        if (out / "settings.json").exists():
-            before = parse_json(read_text(out / "settings.json"), f"{out}/settings.json")
+        known = out / "settings.json"
+        if overwrite and out.exists() and any(out.iterdir()):
+            if not known.exists():
+                raise InputError(f"{out}: not made by a stage (no settings.json), so --overwrite does not empty it")
+            shutil.rmtree(out)
+        if known.exists():
+            before = read_object(known)
             changed = [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]
             if changed:
-                raise InputError(f"{out}: made with other settings ({'; '.join(changed)}); use --overwrite or another --out")
+                raise InputError(f"{out}: made with other settings ({'; '.join(changed)}); "
+                                 "use --overwrite or another --out")
         with atomic(out / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
@@ -299,7 +303,7 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
 
 
 def map_records(function, records: list, out, batch: int, label: str) -> list[dict] | None:
-    """[function(chunk) for chunks of `batch` records], flattened; function returns one JSON object with `id` per record.
+    """function(chunk) of all chunks of `batch` records, joined; it returns one JSON object with `id` per record.
 
     Every finished chunk is a file below OUT/parts, so an interrupted run continues, and several processes (accelerate
     launch) share the work. Returns the results in the order of the records on the main process, None on the others.
@@ -535,7 +539,8 @@ class Tokens:
     The special tokens are numbers, not strings in the tokenizer: a caption that contains "<|eoi|>" stays plain text.
     """
 
-    SPECIAL = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
+    SPECIAL = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>",
+               "<|lvg|>")
 
     def __init__(self, tokenizer, codes: int, image_tokens: int, window: int = 129):
         self.tokenizer, self.codes, self.image_tokens, self.window = tokenizer, codes, image_tokens, window
@@ -574,7 +579,7 @@ class Tokens:
 
 
 def vqa_question(question: Question) -> str:
-    """A multiple-choice question as the original asks it (SPEC: the choices as a Python list)."""
+    """A multiple-choice question as the original asks it, with its choices as a Python list."""
     return f"Question:{question.question} Choice:{question.choices}"
 
 
@@ -648,6 +653,7 @@ class Showo(nn.Module):
         phi.qk_layernorm, phi.vocab_size = True, tokens.vocab_size  # the original forces both
         phi.embd_pdrop = phi.resid_pdrop = phi.attention_dropout = 0.0  # policy and reference must agree at step 0
         phi._attn_implementation = "showo"
+        phi.pad_token_id = None  # padding is masked; no embedding row is special
         self.config, self.tokens = config, tokens
         self.showo = PhiForCausalLM(phi)
 
@@ -747,7 +753,7 @@ class TextPrefix:
 @torch.inference_mode()
 def draw_images(model: Showo, texts: list[str], seeds: list[int] | None, steps: int, guidance: float,
                 temperature: float = 1.0, compound: bool = True) -> torch.Tensor:
-    """MaskGIT decoding: one image per text, (B, N) codes. Texts may repeat; rows with prompts of one length run together.
+    """MaskGIT decoding: one image per text, (B, N) codes. Texts may repeat; prompts of one length run together.
 
     seeds: one per image, or None for greedy decoding (argmax, no Gumbel noise).
     compound: the original's schedule, where the temperature is multiplied by 1 − (step+1)/steps at every step;
@@ -926,16 +932,17 @@ def read_bin(file: str) -> dict:
     return weights
 
 
-def fill(module: nn.Module, weights: dict, path: str) -> None:
+def fill(module: nn.Module, weights: dict, path: str, dtype=torch.float32) -> None:
     """Put `weights` into a module built on the meta device; names and shapes must match exactly."""
     want, have = ({k: tuple(v.shape) for k, v in d.items()} for d in (module.state_dict(), weights))
+    misshapen = [f"{k} {have[k]} instead of {want[k]}" for k in want if k in have and want[k] != have[k]]
     problems = [("missing", sorted(want.keys() - have.keys())), ("unexpected", sorted(have.keys() - want.keys())),
-                ("wrong shape", [f"{k} {have[k]} instead of {want[k]}" for k in want if k in have and want[k] != have[k]])]
+                ("wrong shape", misshapen)]
     found = [f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
              for what, names in problems if names]
     if found:
         raise InputError(f"{path}: parameters do not fit the model; {'; '.join(found)}")
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, assign=True)
+    module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, assign=True)
 
 
 def phi_config(folder, name: str) -> PhiConfig:
@@ -986,7 +993,7 @@ def build(config: dict, phi: PhiConfig, tokenizer, where: str = "config.json") -
         raise InputError(f"{where}: field 'llm_vocab_size' is {config['llm_vocab_size']}, "
                          f"the text tokenizer has {tokens.text_size} tokens")
     if config["vocab_size"] != tokens.vocab_size or config.get("mask_token_id", tokens.mask) != tokens.mask:
-        raise InputError(f"{where}: field 'vocab_size' should be {tokens.vocab_size} and 'mask_token_id' {tokens.mask}: "
+        raise InputError(f"{where}: field 'vocab_size' should be {tokens.vocab_size}, 'mask_token_id' {tokens.mask}: "
                          f"{tokens.text_size} text, {len(Tokens.SPECIAL)} special, {tokens.codes} image, 1 mask")
     with torch.device("meta"):
         return Showo(config, phi, tokens)
@@ -1000,13 +1007,13 @@ def load(folder, image_tokenizer=None, text_tokenizer=None, device="cpu", dtype=
     phi = phi_config(folder, config.get("llm_model_path", "microsoft/phi-1_5"))
     tokenizer = load_tokenizer(text_tokenizer or inside["tokenizer"] or "microsoft/phi-1_5")
     model = build(config, phi, tokenizer, f"{folder}/config.json")
-    fill(model, *read_weights(folder))
-    model.showo.model.rotary_emb = PhiRotaryEmbedding(phi)  # its tables are not weights: built anew, off the meta device
+    fill(model, *read_weights(folder), dtype)
+    model.showo.model.rotary_emb = PhiRotaryEmbedding(phi)  # not among the weights, and float32 in every precision
     vq = load_magvit(image_tokenizer or inside["magvitv2"] or "showlab/magvitv2")
     if 2**vq.config.bits != model.tokens.codes:
         raise InputError(f"{folder}/config.json: field 'codebook_size' is {model.tokens.codes}, "
                          f"the image tokenizer has {2 ** vq.config.bits} codes")
-    return model.to(device, dtype).eval(), vq.to(device)
+    return model.to(device).eval(), vq.to(device)
 
 
 def save(model: Showo, vq: Magvit, folder, weights: dict | None = None) -> None:
@@ -1025,7 +1032,8 @@ def save(model: Showo, vq: Magvit, folder, weights: dict | None = None) -> None:
             values |= {k: phi.rope_parameters[k] for k in ("rope_theta", "partial_rotary_factor")}
             (temporary / "phi_config.json").write_text(json.dumps(values, indent=1) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file(full_precision(weights or model.state_dict()), temporary / "pytorch_model.safetensors", {"format": "pt"})
+        weights = full_precision(weights or model.state_dict())
+        save_file(weights, temporary / "pytorch_model.safetensors", {"format": "pt"})
         save_magvit(vq, temporary / "magvitv2")
         model.tokens.tokenizer.save_pretrained(temporary / "tokenizer")
 
@@ -1034,12 +1042,12 @@ def full_precision(weights: dict) -> dict:
     return {k: v.detach().float().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
 
 
-def add_model_arguments(parser, name: str = "--model") -> None:
-    parser.add_argument(name, default="toy/base", help="checkpoint: a folder or a hub id such as showlab/show-o-512x512")
-    parser.add_argument("--image-tokenizer", help="folder or hub id, if it is not inside the checkpoint [showlab/magvitv2]")
-    parser.add_argument("--text-tokenizer", help="folder or hub id, if it is not inside the checkpoint [microsoft/phi-1_5]")
+def add_model_arguments(parser) -> None:
+    parser.add_argument("--model", default="toy/base", help="folder or hub id, such as showlab/show-o-512x512")
+    parser.add_argument("--image-tokenizer", help="folder or hub id, if not in the checkpoint [showlab/magvitv2]")
+    parser.add_argument("--text-tokenizer", help="folder or hub id, if not in the checkpoint [microsoft/phi-1_5]")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [what accelerate finds]")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the backbone")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="backbone")
 
 
 def load_from(args) -> tuple[Showo, Magvit]:

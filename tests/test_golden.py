@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PhiConfig
 
 from conftest import GOLDEN, stage
-from model import (Ask, Magvit, MagvitConfig, Segment, Showo, TextPrefix, Tokens, answer_segment, build, draw_images,
-                   fill, guided, image_segment, load_image, mask_least_confident, pack, slots_to_mask, write_text)
+from model import (Ask, Magvit, MagvitConfig, Segment, Showo, TextPrefix, answer_segment, build, draw_images,
+                   fill, image_segment, load_image, mask_least_confident, pack, slots_to_mask, write_text)
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 pair_dpo = stage("03_pair_dpo")

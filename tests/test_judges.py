@@ -184,7 +184,7 @@ def test_toy_judge_judges_what_was_to_be_drawn():
 
 
 def test_toy_judge_only_knows_toy_captions():
-    with pytest.raises(InputError, match="'id7'.*a photo of a cat.*--judge toy"):
+    with pytest.raises(InputError, match="'id7'.*a photo of a cat.*--judge self"):
         evaluation.ToyJudge().all_right(PICTURE, Record("id7", "", "a photo of a cat"), [])
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from model import (CAPTION_QUESTION, IGNORE, Ask, Segment, answer_segment, draw_images, guided, image_segment,
-                   mask_least_confident, pack, pick, random_mask, sample_tokens, seed_of, slots_to_mask, uniforms, write_text)
+from model import (CAPTION_QUESTION, IGNORE, Ask, Segment, answer_segment, draw_images, guided, image_segment, load,
+                   mask_least_confident, pack, pick, random_mask, sample_tokens, save, seed_of, slots_to_mask, uniforms,
+                   write_text)
 from tiny import tiny_model
 
 TEXTS = ["a big red ring", "a small blue square left of a big red ring", "", "a big blue ring", "red"]
@@ -238,3 +239,22 @@ def test_known_slots_stay_known():
     probs = torch.tensor([[0.1, torch.inf, 0.3, torch.inf]])
     again = mask_least_confident(probs, torch.zeros(1, 4), torch.tensor([[1]]), 1.0)
     assert again.tolist() == [[True, False, False, False]]
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+def test_half_precision_keeps_exact_positions(tmp_path):
+    """Rotary tables stay float32 in a bfloat16 model: rounded frequencies would shift phases over 1,155 positions."""
+    save(*tiny_model(), tmp_path / "tiny")
+    half, vq = load(tmp_path / "tiny", dtype=torch.bfloat16)
+    full, _ = load(tmp_path / "tiny")
+    assert half.showo.lm_head.weight.dtype == torch.bfloat16 and vq.encoder.conv_in.weight.dtype == torch.float32
+    tables = [m.showo.model.rotary_emb.inv_freq for m in (half, full)]
+    assert tables[0].dtype == torch.float32 and torch.equal(*tables)
+    with torch.no_grad():
+        sums = [m.logprobs(pair_rows(m))[0] for m in (half, full)]
+    assert sums[0].dtype == torch.float32
+    assert ((sums[0] - sums[1]).abs() / sums[1].abs().clamp(min=1))[:, 1:].max() < 0.1
+    codes = draw_images(half, TEXTS, [1] * 5, 4, 1.0)
+    assert codes.shape == (5, 16) and (0 <= codes).all() and (codes < half.tokens.codes).all()

@@ -257,7 +257,7 @@ def written(questioner, monkeypatch):
 
 
 def test_reader_prompts(questioner, prompts, written):
-    """UnifiedQA's two prompts per question, each with one </s> at its end (SPEC: `{q} \\n {caption} \\n (A) a (B) b `)."""
+    """UnifiedQA's two prompts per question, each with one </s> at its end (`{q} \\n {caption} \\n (A) a (B) b `)."""
     questioner("A Blue rabbit")
     ids = [ids for name, ids, _ in prompts if name == "reader"]
     assert all(i.count(2) == 1 and i[-1] == 2 and 1 not in i for i in ids)

@@ -25,15 +25,17 @@ from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import (CAPTION_QUESTION, Magvit, MagvitConfig, Question, Segment, Showo, Tokens, answer_segment,  # noqa: E402
-                   image_segment, load_magvit, pack, random_mask, run, save, save_magvit, seed_of, to_pil, vqa_question)
+from model import (CAPTION_QUESTION, Magvit, MagvitConfig, Question, Segment, Showo, Tokens,  # noqa: E402
+                   answer_segment, image_segment, load_magvit, pack, random_mask, run, save, save_magvit,
+                   seed_of, to_pil, vqa_question)
 from toy import world  # noqa: E402
 
 BITS = 8
 EMPTY = len(world.TYPES)  # row of an empty cell in tables by type; a grid's -1 finds it, too
 MAGVIT = MagvitConfig(ch=32, bits=BITS, encoder_mult=(1, 1, 1, 2, 2), encoder_blocks=(0, 1, 1, 1, 1),
                       decoder_mult=(1, 1, 1, 2, 2), decoder_blocks=(0, 1, 1, 1, 1))
-PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512)
+PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
+           max_position_embeddings=512)
 
 
 # ---------------------------------------------------------------------------------------------------- text tokenizer
@@ -84,7 +86,8 @@ def train_magvit(steps: int, seed: int, batch: int = 8, lr: float = 2e-3) -> Mag
     for _ in (bar := tqdm(range(steps), desc="image tokenizer")):
         grids = np.concatenate([random_grids(rng, batch // 2, 0.8), random_grids(rng, batch // 2, 0.15)])
         pixels, bits = render(grids), table[torch.from_numpy(grids)].permute(0, 3, 1, 2)  # (B, bits, 4, 4)
-        weight = 1 + 3 * torch.from_numpy(np.kron(grids != world.EMPTY, np.ones((world.CELL, world.CELL)))).float()[:, None]
+        objects = np.kron(grids != world.EMPTY, np.ones((world.CELL, world.CELL)))  # (B, 64, 64)
+        weight = 1 + 3 * torch.from_numpy(objects).float()[:, None]
         wrong_bits = F.softplus(-vq.encoder(pixels) * bits).mean()
         error = vq.decoder(bits) - pixels
         loss = wrong_bits + ((error.abs() + error**2) * weight).mean()
@@ -184,7 +187,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=3000, help="of the base model")
     parser.add_argument("--keep", type=int, nargs="*", default=[], help="also save after these steps, to choose a base")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="toy/base was made with one; sums round differently with more")
+    parser.add_argument("--threads", type=int, default=1, help="toy/base was made with one; more round differently")
     return parser.parse_args()
 
 

@@ -57,7 +57,7 @@ def phrase(spec):
     if spec.kind == "count":
         word = next(w for w, n in NUMBERS.items() if n == spec.number)
         return f"{word} {name(spec.types[0], plural=True)}"
-    return f" {spec.relation} ".join(f"a {name(t)}" for t in spec.types) if spec.relation else f"a {name(spec.types[0])}"
+    return f" {spec.relation} ".join(f"a {name(t)}" for t in spec.types)
 
 
 def specs():
@@ -207,7 +207,8 @@ def questions(caption):
                       _question(f"is there a {t.shape}?", ("yes", "no"), "yes", "object")]
         if not one:
             word = caption.split()[0]
-            asked.append(_question(f"how many {name(spec.types[0], plural=True)} are there?", NUMBERS, word, "counting"))
+            plural = name(spec.types[0], plural=True)
+            asked.append(_question(f"how many {plural} are there?", NUMBERS, word, "counting"))
     word = next(w for w, n in NUMBERS.items() if n == spec.number)
     asked += [_question("how many shapes are there?", NUMBERS, word, "counting"),
               _question(f"is there a {name(pick('present', spec.types))}?", ("yes", "no"), "yes", "object"),
@@ -241,7 +242,7 @@ def read(image):
 def judge(image, caption):
     """Does the image show what the caption says?  -> dict of bools.
 
-    objects: the same set of sized shapes, in whatever colour; colours: the same set of colours; counts: as many objects;
+    objects: the same set of sized shapes, in whatever colour; colours: the same set of colours; counts: as many;
     positions: the relation holds between the named objects; correct: exactly the scene of the caption.
     """
     grid, spec = read(image), parse(caption)

@@ -19,7 +19,7 @@ SCORE=${SCORE:---batch 4}
 DPO=${DPO:---beta 0.2 --lr 5e-5 --schedule linear --warmup 0.1 --epochs 3 --batch 16 --micro-batch 16 --nll-und 1 --nll-gen 1}
 EVAL=${EVAL:---steps 10 --guidance 0 --batch 32}
 
-# Full size, with the paper's settings (Show-o 512 px, JourneyDB; see the README for memory and time):
+# Full size, with the paper's settings (Show-o 512 px, JourneyDB):
 #   BASE=showlab/show-o-512x512 OUT=runs/show-o ROUNDS=3 LAUNCH="accelerate launch --num_processes 8" \
 #   TRAIN=initial_data.json HELD_OUT=held_out.jsonl JUDGE=Qwen/Qwen2.5-VL-7B-Instruct \
 #   SAMPLE="--questions vqa_data.json --dtype bfloat16" \

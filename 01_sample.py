@@ -16,10 +16,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from model import (CAPTION_QUESTION, Ask, Record, Sample, add_model_arguments, atomic, claim, draw_images,
-                   load_from, load_image, map_records, read_records, run, save_tensors, seed_of, sheet, to_pil,
+from model import (CAPTION_QUESTION, Ask, Record, Sample, add_model_arguments, claim, draw_images,
+                   load_from, load_image, map_records, read_records, run, save_picture, save_tensors, seed_of, sheet, to_pil,
                    write_jsonl, write_text)
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
@@ -82,11 +81,6 @@ def save_pictures(model, vq, records, results, out: Path) -> None:
             save_picture(picture, out / "images" / r.id / f"{k:02d}.png")
         rows.append([*to_pil(load_image(r.image, image_size(model, vq))[None]), *drawn])
     save_picture(sheet(rows, [r.drawing_text for r in records], 96), out / "sheet.png")
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 def try_by_eye(model, vq, args) -> None:

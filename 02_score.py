@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, atomic, claim, load_from,
-                   load_tensors, map_records, parse_record, read_jsonl, reason, run, sheet, to_pil, vqa_question,
+from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, claim, load_from,
+                   load_tensors, map_records, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil, vqa_question,
                    write_jsonl, write_text)
 
 # ---------------------------------------------------------------------------------------------------- text similarity
@@ -189,9 +189,14 @@ def answer_questions(model, images, questions: list[list[Question]], max_new_tok
     return [[model.tokens.decode(next(answers)).strip() for _ in qs] for qs in questions]
 
 
+def answered_right(answers: list[str], questions: list[Question], match) -> list[bool]:
+    """Per question: is the choice nearest to the answer the right one?"""
+    return [match(a, q.choices) == q.answer for a, q in zip(answers, questions)]
+
+
 def accuracy(answers: list[str], questions: list[Question], match) -> float:
-    """Acc(x): share of questions whose matched answer is the right one."""
-    return sum(match(a, q.choices) == q.answer for a, q in zip(answers, questions)) / len(questions)
+    """Acc(x): share of questions answered right."""
+    return sum(answered_right(answers, questions, match)) / len(questions)
 
 
 # ---------------------------------------------------------------------------------------------------------- curation
@@ -200,7 +205,8 @@ def accuracy(answers: list[str], questions: list[Question], match) -> float:
 class Candidate(NamedTuple):
     score: float
     tokens: list[int]  # caption token ids, or image codes
-    text: str = ""
+    text: str = ""  # of a caption
+    wrong: list[str] = []  # of an image: the questions answered wrong
 
 
 def best_and_worst(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
@@ -222,8 +228,8 @@ def curate(sample: Sample, image_codes: list[int], captions: list[Candidate], im
     if previous is not None:
         old_captions = (Candidate(previous.win_caption_score, previous.win_caption_ids, previous.win_caption),
                         Candidate(previous.lose_caption_score, previous.lose_caption_ids, previous.lose_caption))
-        old_images = (Candidate(previous.win_image_score, previous.win_image_codes),
-                      Candidate(previous.lose_image_score, previous.lose_image_codes))
+        old_images = (Candidate(previous.win_image_score, previous.win_image_codes, "", previous.win_image_wrong),
+                      Candidate(previous.lose_image_score, previous.lose_image_codes, "", previous.lose_image_wrong))
     win, lose = self_play(*best_and_worst(captions), old_captions)
     if win.score <= lose.score:
         return "captions: best is not better than worst"
@@ -234,7 +240,7 @@ def curate(sample: Sample, image_codes: list[int], captions: list[Candidate], im
         return "images: best is not better than worst"
     return Pair(sample.id, sample.image, sample.caption, sample.prompt, image_codes,
                 win.text, lose.text, win.tokens, lose.tokens, win.score, lose.score,
-                win_image.tokens, lose_image.tokens, win_image.score, lose_image.score)
+                win_image.tokens, lose_image.tokens, win_image.score, lose_image.score, win_image.wrong, lose_image.wrong)
 
 
 def read_samples(folder: Path) -> tuple[list[Sample], dict]:
@@ -248,19 +254,19 @@ def read_samples(folder: Path) -> tuple[list[Sample], dict]:
     return samples, tensors
 
 
-def save_gallery(vq, pairs: list[Pair], device, path: Path) -> None:
-    """Real image, winner, loser, with captions and scores."""
+def save_gallery(vq, pairs: list[Pair], device, out: Path) -> None:
+    """Real image, winner, loser, with captions and scores: as one sheet, and as files for the report."""
     rows, labels = [], []
     for p in pairs:
         with torch.inference_mode():
             codes = torch.tensor([p.image_codes, p.win_image_codes, p.lose_image_codes], device=device)
             rows.append(to_pil(vq.decode(codes)))
+        for name, picture in zip(("real", "win", "lose"), rows[-1]):
+            save_picture(picture, out / "images" / f"{p.id}-{name}.png")
         labels.append(f"{p.caption}\nwin {p.win_caption_score:.2f}: {p.win_caption}\n"
                       f"lose {p.lose_caption_score:.2f}: {p.lose_caption}\n"
                       f"images: real, win {p.win_image_score:.2f}, lose {p.lose_image_score:.2f}")
-    picture = sheet(rows, labels, columns=2)
-    with atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
+    save_picture(sheet(rows, labels, columns=2), out / "pairs.png")
 
 
 def parse_args():
@@ -304,7 +310,7 @@ def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) 
     return results
 
 
-def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, threshold: float):
+def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, match, threshold: float):
     """The pairs of all records that give one; the others get the reason in their score."""
     pairs = []
     for s, score in zip(samples, scores):
@@ -312,7 +318,10 @@ def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previo
         if score.questions:
             ids = [[t for t in row if t >= 0] for row in tensors[f"{s.id}/captions"].tolist()]
             captions = [Candidate(*c) for c in zip(score.caption_scores, ids, s.captions)]
-            images = [Candidate(*c) for c in zip(score.image_scores, tensors[f"{s.id}/images"].tolist())]
+            wrong = [[q.question for q, r in zip(score.questions, answered_right(said, score.questions, match)) if not r]
+                     for said in score.answers]
+            images = [Candidate(score.image_scores[k], codes, "", wrong[k])
+                      for k, codes in enumerate(tensors[f"{s.id}/images"].tolist())]
             found = curate(s, tensors[f"{s.id}/image"].tolist(), captions, images, previous.get(s.id), threshold)
         if isinstance(found, Pair):
             pairs.append(found)
@@ -339,7 +348,7 @@ def main():
     if results is None:
         return
     scores = [parse_record(Score, r, f"{args.out}: id {r['id']!r}") for r in results]
-    pairs = make_pairs(samples, scores, tensors, previous, args.min_image_score)
+    pairs = make_pairs(samples, scores, tensors, previous, tools[1], args.min_image_score)
     write_jsonl(args.out / "scores.jsonl", scores)
     print(f"{len(samples)} records, {len(pairs)} pairs: {args.out}")
     reasons = Counter(s.dropped for s in scores if s.dropped).most_common()
@@ -347,7 +356,7 @@ def main():
         print(f"  dropped {count:5d}  {why}")
     if not pairs:
         raise InputError(f"{args.out}: no pairs to train on; most records: {reasons[0][0]} (all scores: scores.jsonl)")
-    save_gallery(vq, pairs[: args.show], model.device, args.out / "pairs.png")
+    save_gallery(vq, pairs[: args.show], model.device, args.out)
     write_jsonl(args.out / "pairs.jsonl", pairs)  # last: its presence says that the stage is complete
     shutil.rmtree(args.out / "parts")
 

@@ -134,6 +134,8 @@ class Pair:
     lose_image_codes: list[int]
     win_image_score: float
     lose_image_score: float
+    win_image_wrong: list[str]  # the questions that the policy answered wrong about it
+    lose_image_wrong: list[str]
 
     @property
     def drawing_text(self) -> str:
@@ -366,6 +368,11 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to B pictures."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in array]
+
+
+def save_picture(picture: Image.Image, path) -> None:
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def sheet(rows: list[list], labels: list[str], cell: int = 128, columns: int = 1) -> Image.Image:

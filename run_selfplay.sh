@@ -54,3 +54,4 @@ for ROUND in $(seq 1 "$ROUNDS"); do
 done
 
 python 04_eval.py --compare "${EVALUATED[@]}" --out "$OUT/eval"
+python 04_eval.py --report "$OUT"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast)
 
 from conftest import stage
@@ -70,18 +70,20 @@ def heard(judge, monkeypatch) -> list:
     return seen
 
 
-def test_model_judge_answers_with_one_of_the_choices(llava):
+def test_model_judge_answers(llava):
     judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
     answers = judge.answer(PICTURE, QUESTIONS)
-    assert [a in q.choices for a, q in zip(answers, QUESTIONS, strict=True)] == [True] * 3
-    assert judge.answer(PICTURE, QUESTIONS) == answers  # greedy
+    assert len(answers) == 3 and judge.answer(PICTURE, QUESTIONS) == answers  # greedy
+    assert judge.right(answers, QUESTIONS) == [nearest_text(a, q.choices) == q.answer for a, q in zip(answers, QUESTIONS)]
 
 
 def test_model_judge_matches_what_the_model_said(llava, monkeypatch):
     judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
     said = iter(["It is BLUE.", "2", "no"])
-    monkeypatch.setattr(judge, "ask", lambda picture, q: next(said))
-    assert judge.answer(PICTURE, QUESTIONS) == ["blue", "two", "no"]
+    monkeypatch.setattr(judge, "chat", lambda picture, q: next(said))
+    answers = judge.answer(PICTURE, QUESTIONS)
+    assert answers == ["It is BLUE.", "2", "no"]  # as it was said, so that the judge can be audited
+    assert judge.right(answers, QUESTIONS) == [True, True, True]
 
 
 def test_model_judge_sees_picture_question_and_choices(llava, monkeypatch):
@@ -100,8 +102,8 @@ def test_model_judge_leaves_the_prompt_out_of_the_answer(llava, monkeypatch):
     judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
     answer = judge.processor.tokenizer(" green.", add_special_tokens=False, return_tensors="pt").input_ids
     monkeypatch.setattr(judge.model, "generate", lambda input_ids, **_: torch.cat([input_ids, answer, torch.tensor([[2]])], 1))
-    assert judge.ask(PICTURE, QUESTIONS[0]) == "green ."
-    assert judge.answer(PICTURE, QUESTIONS[:1]) == ["green"]
+    assert judge.answer(PICTURE, QUESTIONS[:1]) == ["green ."]
+    assert judge.right(["green ."], QUESTIONS[:1]) == [False]
 
 
 def test_model_judge_does_not_double_the_first_token(tmp_path, monkeypatch):
@@ -124,6 +126,34 @@ def test_unknown_judge_is_one_line(tmp_path):
     with pytest.raises(InputError, match="nothing here") as error:
         evaluation.ModelJudge(str(tmp_path / "nothing here"), nearest_text, "cpu")
     assert "\n" not in str(error.value)
+
+
+def save_blip(folder) -> None:
+    """A BLIP VQA model with random weights, of the class that DPG-Bench's nearest judge has."""
+    words = "[PAD] [UNK] [CLS] [SEP] [DEC] [ENC] what color is it how many red ? yes no two blue".split()
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                        sep_token="[SEP]")
+    BlipProcessor(BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(vocab_size=len(words), bos_token_id=4, eos_token_id=3, sep_token_id=3, pad_token_id=0, encoder_hidden_size=16,
+                max_position_embeddings=64, **small)
+    config = BlipConfig(text_config=text, vision_config=dict(image_size=28, patch_size=14, **small), projection_dim=16)
+    BlipForQuestionAnswering(config).save_pretrained(folder)
+
+
+def test_vqa_model_as_judge(tmp_path, monkeypatch):
+    save_blip(tmp_path)
+    judge = evaluation.ModelJudge(str(tmp_path), nearest_text, "cpu")
+    seen = heard(judge, monkeypatch)
+    answers = judge.answer(PICTURE, QUESTIONS)
+    assert judge.is_vqa and len(answers) == 3 and all(isinstance(a, str) for a in answers)
+    ids = seen[0]["input_ids"][0].tolist()
+    assert judge.processor.decode(ids) == "[CLS] what color is it ? [SEP]"  # the plain question, no choices
+    assert not any(word in " ".join(answers) for word in ("[CLS]", "[SEP]", "[PAD]"))
 
 
 # ---------------------------------------------------------------------------------------------- the toy world's oracle
@@ -249,9 +279,8 @@ def test_table():
     lines = evaluation.table({"base": evaluation.evaluate(same), "round1": evaluation.evaluate(same[:1])}).split("\n")
     cells = ["0.500 [0.500, 0.500]", "0.125 [0.125, 0.125]", "0.250 [0.250, 0.250]", "1.000 [1.000, 1.000]",
              "0.250 [0.250, 0.250]"]
-    assert lines == ["| | records | understanding | caption score | generation | everything right | gap |",
-                     "|---|---|---|---|---|---|---|",
-                     f"| base | 3 | {' | '.join(cells)} |", f"| round1 | 1 | {' | '.join(cells)} |"]
+    assert lines == ["| | understanding | caption score | generation | everything right | gap |",
+                     "|---|---|---|---|---|---|", f"| base | {' | '.join(cells)} |", f"| round1 | {' | '.join(cells)} |"]
 
 
 # ------------------------------------------------------------------------------------------------------------- compare
@@ -279,11 +308,12 @@ def compared(folder, names, show=12):
 
 def test_compare(finished, capsys):
     text, picture = compared(finished, ["base", "round1"])
-    assert text.split("\n")[2:] == [
-        "| base | 2 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] | "
-        "1.000 [1.000, 1.000] |",
-        "| round1 | 2 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | "
-        "0.000 [0.000, 0.000] |", ""]
+    base, after, difference = [line.split("|")[2:7] for line in text.split("\n") if line.startswith(("| base", "| round1"))]
+    always, never = " 1.000 [1.000, 1.000] ", " 0.000 [0.000, 0.000] "
+    assert base == [always, always, never, never, always] and after == [always, always, always, always, never]
+    up, same, down = " +1.000 [+1.000, +1.000] ", " +0.000 [+0.000, +0.000] ", " -1.000 [-1.000, -1.000] "
+    assert difference == [same, same, up, up, down]
+    assert text.startswith("2 records, ") and "Paired difference to base" in text
     assert text.strip() in capsys.readouterr().out
     colors = {color for _, color in picture.getcolors(1 << 24)}
     assert {(0, 0, 255), (255, 0, 0), (0x22, 0xAA, 0x22), (0xDD, 0x33, 0x33)} <= colors  # real, drawn, right, wrong

@@ -33,7 +33,7 @@ RECORDS = {
     Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]), Sample("b", "b.png", "")],
     Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]]),
             Score("b", [], [], [], [], "no questions")],
-    Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30, [3], [4], 1.0, -0.5)],
+    Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30, [3], [4], 1.0, -0.5, [ODD], [])],
     Verdict: [Verdict("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False], ["x", ""], [False, False], True, [7])],
 }
 

@@ -286,18 +286,18 @@ def captions(*scores):
 
 
 def images(*scores):
-    return [Candidate(s, [10 + i]) for i, s in enumerate(scores)]
+    return [Candidate(s, [10 + i], "", [f"wrong {i}"]) for i, s in enumerate(scores)]
 
 
 def previous(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
     return Pair(id, "a.png", "a red ring", "", [0], "old win", "old lose", [91], [92], *caption_scores, [93], [94],
-                *image_scores)
+                *image_scores, ["old win wrong"], ["old lose wrong"])
 
 
 def test_first_round_takes_best_and_worst():
     pair = scoring.curate(SAMPLE, [7, 8], captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0), None, 0.6)
     assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", [7, 8], "caption 1", "caption 2", [1], [2], 0.9, 0.1,
-                        [12], [11], 1.0, 0.2)
+                        [12], [11], 1.0, 0.2, ["wrong 2"], ["wrong 1"])
 
 
 def test_ties_take_the_first():
@@ -338,6 +338,8 @@ def test_self_play_images(best, loser):
     pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1), images(0.0, best), previous(), 0.6)
     assert (pair.win_image_codes, pair.win_image_score) == ([11], best)
     assert (pair.lose_image_codes, pair.lose_image_score) == loser
+    assert pair.win_image_wrong == ["wrong 1"]
+    assert pair.lose_image_wrong == [{93: "old win wrong", 94: "old lose wrong"}[loser[0][0]]]
 
 
 @pytest.mark.parametrize("caption_scores, image_scores, why", [
@@ -391,7 +393,7 @@ def test_stage_scores_and_pairs(score_stage):
     assert scores["b"].answers[0] == ["yes", "yes", "no", "no", "no"]
     assert scores["b"].caption_scores == [pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
     assert pairs["b"] == Pair("b", "b.png", "a big red ring", "", [1, 1], "a big red ring", "a cat", [6, 7], [5], 1.0,
-                              pytest.approx(0.2), [5, 1], [1, 1], 1.0, 0.2)
+                              pytest.approx(0.2), [5, 1], [1, 1], 1.0, 0.2, [], ["q1?", "q2?", "q3?", "q4?"])
 
 
 def test_stage_does_not_depend_on_the_batch(score_stage):

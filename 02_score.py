@@ -70,9 +70,9 @@ class Encoder:
         return torch.nn.functional.normalize(pooled.float(), dim=-1)
 
 
-def load_hf(kind, name: str):
+def load_hf(kind, name: str, **settings):
     try:
-        return kind.from_pretrained(name)
+        return kind.from_pretrained(name, **settings)
     except Exception as error:
         raise InputError(f"{name}: cannot load as {kind.__name__} ({reason(error)})") from None
 

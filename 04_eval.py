@@ -20,6 +20,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -29,13 +30,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfig, AutoModelForImageTextToText,
-                          AutoModelForVisualQuestionAnswering, AutoProcessor)
+from tqdm import tqdm
+from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfig, AutoImageProcessor,
+                          AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoProcessor, CLIPModel,
+                          Mask2FormerForUniversalSegmentation)
 
-from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, atomic, claim, draw_images,
-                   load_from, load_image, map_records, parse_json, parse_record, read_jsonl, read_records, read_text,
-                   run, save_picture, seed_of, sheet, to_pil, write_jsonl, write_text)
+import benchmarks as rules
+
+from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, atomic, claim,
+                   draw_images, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin, read_jsonl,
+                   read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_jsonl, write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
 
@@ -100,7 +106,7 @@ class SelfJudge:
 
 
 class ModelJudge(SelfJudge):
-    """Any transformers image-text-to-text model (by chat) or VQA model (by question); nearest choice, as the policy's."""
+    """Any transformers image-text-to-text model (by chat) or VQA model (plain questions), matched as the policy."""
 
     def __init__(self, name: str, match, device):
         self.match, self.processor = match, scoring.load_hf(AutoProcessor, name)
@@ -124,7 +130,8 @@ class ModelJudge(SelfJudge):
         inputs = self.processor(images=picture, text=question, return_tensors="pt").to(self.model.device)
         if hasattr(self.model.config, "id2label") and not self.model.can_generate():  # an answer is a class (ViLT)
             return self.model.config.id2label[int(self.model(**inputs).logits.argmax(-1))]
-        return self.processor.decode(self.model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True).strip()
+        out = self.model.generate(**inputs, max_new_tokens=20)[0]
+        return self.processor.decode(out, skip_special_tokens=True).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -240,7 +247,8 @@ def compare(args) -> None:
     for other, verdicts in runs.items():
         if [v.id for v in verdicts] != [v.id for v in first]:
             raise InputError(f"{other}/answers.jsonl: other records than {name}/answers.jsonl")
-    text = f"{len(first)} records, {len({v.text for v in first})} different texts; mean over records [95 % interval]\n\n"
+    texts = len({v.text for v in first})
+    text = f"{len(first)} records, {texts} different texts; mean over records [95 % interval]\n\n"
     text += table({n: evaluate(verdicts) for n, verdicts in runs.items()})
     if len(runs) > 1:
         text += f"\n\nPaired difference to {name}:\n\n" + table(
@@ -264,12 +272,333 @@ def compare(args) -> None:
           "green frame: everything right")
 
 
+# --------------------------------------------------------------------- understanding benchmarks: ask, write, score
+
+
+@dataclass
+class Job:
+    """One question about an image, or one text to draw."""
+
+    id: str
+    image: str
+    text: str
+
+
+def asker(model, vq, args):
+    """A function [(image file, prompt)] -> [answer], greedy, resumable; None on all processes but the main one."""
+
+    @torch.inference_mode()
+    def examine(jobs: list[Job]) -> list[dict]:
+        files = list(dict.fromkeys(j.image for j in jobs))  # each image is read and prefilled once
+        codes = sampling.encode_images(model, vq, [Record("", f, "") for f in files])
+        asks = [Ask(files.index(j.image), model.tokens.ask(j.text)) for j in jobs]
+        said = write_text(model, codes, asks, args.max_new_tokens)
+        return [dict(id=j.id, answer=model.tokens.decode(ids).strip()) for j, ids in zip(jobs, said)]
+
+    def ask(pairs: list[tuple]) -> list[str] | None:
+        jobs = [Job(str(n), str(image), prompt) for n, (image, prompt) in enumerate(pairs)]
+        results = map_records(examine, jobs, args.out, args.batch, args.benchmark)
+        return results and [r["answer"] for r in results]
+
+    return ask
+
+
+def pope(data: Path, out: Path, ask) -> dict | None:
+    splits = rules.read_pope(data)
+    said = ask([(data / "val2014" / q.image, q.text + rules.SHORT_ANSWER) for qs in splits.values() for q in qs])
+    if said is None:
+        return None
+    said, scores = iter(said), {}
+    for split, questions in splits.items():
+        answers = [next(said) for _ in questions]
+        rules.write_pope(out / f"coco_pope_{split}_answers.jsonl", questions, answers)
+        scores[split] = rules.pope_score([q.label for q in questions], answers)
+    return {"mean": rules.pope_mean(scores), **scores}
+
+
+def mme(data: Path, out: Path, ask) -> dict | None:
+    tasks = rules.read_mme(data)
+    said = ask([(q.image, rules.mme_prompt(q.question)) for qs in tasks.values() for q in qs])
+    if said is None:
+        return None
+    said = iter(said)
+    answers = {task: [next(said) for _ in questions] for task, questions in tasks.items()}
+    rules.write_mme(out / "mme_results", tasks, answers)
+    return rules.mme_score({t: rules.mme_task([q.label for q in qs], answers[t]) for t, qs in tasks.items()})
+
+
+def vqav2(data: Path, out: Path, ask) -> dict | None:
+    """DATA holds the questions file, the annotations file (not for test splits) and a folder of images."""
+    questions = rules.read_vqa(only(data, "v2_OpenEnded_mscoco_*_questions.json"),
+                               next(iter(sorted(data.glob("v2_mscoco_*_annotations.json"))), None))
+    answers = ask([(data / "images" / q.image, q.question + rules.SHORT_ANSWER) for q in questions])
+    if answers is None:
+        return None
+    rules.write_vqa(out / "vqa_results.json", questions, answers)
+    return rules.vqa_score(questions, answers) if questions[0].answers else {}
+
+
+def gqa(data: Path, out: Path, ask) -> dict | None:
+    questions = rules.read_gqa(data / "testdev_balanced_questions.json")
+    answers = ask([(data / "images" / f"{q.imageId}.jpg", q.question + rules.SHORT_ANSWER) for q in questions])
+    if answers is None:
+        return None
+    rules.write_gqa(out / "testdev_balanced_predictions.json", questions, answers)
+    return {"accuracy": rules.gqa_score(questions, answers)}
+
+
+def mmmu(data: Path, out: Path, ask) -> dict | None:
+    """Show-o sees one image: a question's first."""
+    questions = rules.read_mmmu(only(data, "*.jsonl"))
+    answers = ask([(q.images[0], rules.mmmu_prompt(q)) for q in questions])
+    if answers is None:
+        return None
+    predictions = rules.mmmu_predictions(questions, answers)
+    rules.write_mmmu(out / "mmmu_predictions.json", questions, predictions)
+    return rules.mmmu_score(questions, predictions)
+
+
+def flickr30k(data: Path, out: Path, ask) -> dict | None:
+    """CIDEr-D over the 1,000 test images; words by an approximation of the PTB tokeniser, which is Java."""
+    references = rules.read_flickr(data / "dataset_flickr30k.json")
+    captions = ask([(data / "images" / name, rules.FLICKR_PROMPT) for name in references])
+    if captions is None:
+        return None
+    results = [{"image_id": name, "caption": c} for name, c in zip(references, captions)]
+    with atomic(out / "flickr30k_captions.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    score = rules.cider_d({r["image_id"]: rules.ptb_words(r["caption"]) for r in results},
+                          {name: [rules.ptb_words(t) for t in texts] for name, texts in references.items()})
+    return {"CIDEr-D x 100 (PTB tokeniser approximated)": 100 * score["cider_d"]}
+
+
+def only(folder: Path, pattern: str) -> Path:
+    files = sorted(folder.glob(pattern))
+    if len(files) != 1:
+        raise InputError(f"{folder}: expected one file {pattern}, found {len(files)}")
+    return files[0]
+
+
+# ----------------------------------------------------------------------- generation benchmarks: draw, look, score
+
+
+def drawer(model, vq, args):
+    """A function [(id, text, [files])] that draws what is missing, resumably; every image has its own seed.
+
+    Files that are there already are kept, so images of any other model can be scored in the same layout.
+    """
+
+    @torch.inference_mode()
+    def paint(jobs: list[Job]) -> list[dict]:
+        files = [json.loads(j.image) for j in jobs]
+        texts = [j.text for j, f in zip(jobs, files) for _ in f]
+        seeds = [seed_of(args.seed, args.benchmark, j.id, k) for j, f in zip(jobs, files) for k in range(len(f))]
+        codes = draw_images(model, texts, seeds, args.steps, args.guidance, args.temperature, args.anneal == "compound")
+        for file, picture in zip([name for f in files for name in f], to_pil(vq.decode(codes))):
+            save_picture(picture, file)
+        return [dict(id=j.id) for j in jobs]
+
+    def draw(wanted: list[tuple]) -> bool:
+        jobs = [Job(id, json.dumps([str(f) for f in files]), text) for id, text, files in wanted
+                if not all(f.exists() for f in files)]
+        done = not jobs or map_records(paint, jobs, args.out, args.batch, f"draw for {args.benchmark}")
+        return bool(done)
+
+    return draw
+
+
+class Detector:
+    """GenEval's eyes without mmdet: Mask2Former for objects, CLIP for their colours."""
+
+    def __init__(self, detector: str, clip: str, names: list[str], device):
+        size = {"shortest_edge": 800, "longest_edge": 1333}  # mmdet's; the hub's default squashes to 384×384
+        self.processor = scoring.load_hf(AutoImageProcessor, detector, size=size)
+        self.model = scoring.load_hf(Mask2FormerForUniversalSegmentation, detector).to(device).eval()
+        self.clip, self.names = Clip(clip, device), names
+
+    @torch.inference_mode()
+    def objects(self, image: Image.Image, top: int = 100) -> list[dict]:
+        """As mmdet does: the best 100 of query × class; score = class probability × mean mask probability inside."""
+        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        out = self.model(**inputs)
+        classes = out.class_queries_logits[0].softmax(-1)[:, :-1]  # (Q, 80), without "nothing"
+        values, index = classes.flatten().topk(min(top, classes.numel()))
+        masks = F.interpolate(out.masks_queries_logits, image.size[::-1], mode="bilinear", align_corners=False)[0]
+        found = []
+        for value, i in zip(values.tolist(), index.tolist()):
+            mask = masks[i // classes.shape[1]]
+            rows, columns = torch.nonzero(mask > 0, as_tuple=True)
+            if len(rows):
+                score = value * mask[mask > 0].sigmoid().mean().item()
+                box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
+                name = self.names[i % classes.shape[1]]
+                found.append({"class": name, "score": score, "box": box, "mask": (mask > 0).cpu()})
+        return found
+
+    def color(self, image: Image.Image, found: dict) -> str:
+        """Background painted grey, box cropped, nearest of ten colours in CLIP."""
+        grey = Image.new("RGB", image.size, "#999999")
+        cut = Image.composite(image, grey, Image.fromarray(found["mask"].numpy())).crop(found["box"])
+        texts = [[f"a photo of a {c} {found['class']}", f"a photo of a {c}-colored {found['class']}",
+                  f"a photo of a {c} object"] for c in rules.GENEVAL_COLORS]
+        prototypes = F.normalize(torch.stack([self.clip.texts(t).mean(0) for t in texts]), dim=-1)  # (10, D)
+        return rules.GENEVAL_COLORS[int((prototypes @ self.clip.images([cut])[0]).argmax())]
+
+
+class Clip:
+    """Unit vectors of images and texts."""
+
+    def __init__(self, name: str, device):
+        self.processor = scoring.load_hf(AutoProcessor, name)
+        self.model = scoring.load_hf(CLIPModel, name).to(device).eval()
+
+    @torch.inference_mode()
+    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        return self.unit(self.model.get_image_features(**inputs))
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True).to(self.model.device)
+        return self.unit(self.model.get_text_features(**inputs))
+
+    def unit(self, features):
+        return F.normalize(getattr(features, "pooler_output", features), dim=-1)  # (B, D)
+
+
+def geneval(data: Path, out: Path, draw, args, device) -> dict | None:
+    """Official layout: OUT/images/<index>/metadata.jsonl and samples/0000<k>.png, four images per prompt."""
+    prompts = rules.read_geneval(data / "evaluation_metadata.jsonl")
+    names = rules.read_object_names(data / "object_names.txt")
+    folders = [out / "images" / f"{i:05d}" for i in range(len(prompts))]
+    files = [[folder / "samples" / f"{k:05d}.png" for k in range(4)] for folder in folders]
+    if not draw([(f.name, p["prompt"], samples) for f, p, samples in zip(folders, prompts, files)]):
+        return None
+    detector, results = Detector(args.detector, args.clip or "openai/clip-vit-large-patch14", names, device), []
+    for folder, prompt, samples in zip(tqdm(folders, desc="detect"), prompts, files):
+        with atomic(folder / "metadata.jsonl") as temporary:
+            temporary.write_text(json.dumps(prompt) + "\n")
+        for file in samples:
+            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+            objects = rules.geneval_objects(detector.objects(image), prompt["tag"])
+            for found in rules.geneval_colored(prompt, objects):
+                found["color"] = detector.color(image, found)
+            results.append((prompt, file, rules.geneval_check(prompt, objects)))
+    with atomic(out / "results.jsonl") as temporary:
+        lines = [{"filename": str(f), "tag": p["tag"], "prompt": p["prompt"], **r} for p, f, r in results]
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rules.geneval_summary([(p, r["correct"]) for p, _, r in results])
+
+
+def dpg(data: Path, out: Path, draw, args, device) -> dict | None:
+    """Official layout: OUT/images/<item>.png, a 2×2 grid of four images.
+
+    The official judge, mPLUG-large, has no transformers port; scores of another one do not compare with published ones.
+    """
+    questions, grids = rules.read_dpg(data / "dpg_bench.csv"), {}
+    for item in dict.fromkeys(q.item for q in questions):
+        grids[item] = out / "images" / f"{item}.png"
+    missing = [item for item, grid in grids.items() if not grid.exists()]
+    crops = {item: [out / "crops" / item / f"{k}.png" for k in range(4)] for item in missing}
+    if not draw([(i, read_text(data / "prompts" / f"{i}.txt").strip(), files) for i, files in crops.items()]):
+        return None
+    for item, files in crops.items():
+        pictures = [Image.open(f) for f in files]
+        width, height = pictures[0].size
+        grid = Image.new("RGB", (2 * width, 2 * height))
+        for k, picture in enumerate(pictures):  # top left, top right, bottom left, bottom right
+            grid.paste(picture, (k % 2 * width, k // 2 * height))
+        save_picture(grid, grids[item])
+    judge, answers = ModelJudge(args.vqa, None, device), {}
+    for item, file in tqdm(grids.items(), desc="ask"):
+        grid = Image.open(file).convert("RGB")
+        x, y = grid.size[0] // 2, grid.size[1] // 2
+        four = [grid.crop((left, top, left + x, top + y)) for top in (0, y) for left in (0, x)]
+        answers[item] = [{q.number: judge.ask(c, q.question) for q in questions if q.item == item} for c in four]
+    with atomic(out / "answers.json") as temporary:
+        temporary.write_text(json.dumps(answers) + "\n")
+    scores = rules.dpg_scores(questions, answers)
+    return {"judge": f"{args.vqa} (the official one is mPLUG-large)", "failed": scores["correct"]["failed"],
+            **{name: {k: s[k] for k in ("dpg_score", "L1", "L2")} for name, s in scores.items()}}
+
+
+def draw_records(data: Path, out: Path, draw) -> list[tuple[Record, Path]] | None:
+    """One image of every record's text: OUT/images/<id>.png."""
+    files = [(r, out / "images" / f"{r.id}.png") for r in read_records(data)]
+    return files if draw([(r.id, r.drawing_text, [file]) for r, file in files]) else None
+
+
+def clip_scores(data: Path, out: Path, draw, args, device) -> dict | None:
+    """DATA: records with captions. Both variants, by name."""
+    drawn = draw_records(data, out, draw)
+    if drawn is None:
+        return None
+    clip = Clip(args.clip or "openai/clip-vit-base-patch32", device)
+    cosines = {"plain": [], "prefix": []}
+    for record, file in tqdm(drawn, desc="CLIP"):
+        texts = clip.texts([record.drawing_text, f"A photo depicts {record.drawing_text}"])
+        plain, prefix = (texts @ clip.images([Image.open(file).convert("RGB")])[0]).tolist()
+        cosines["plain"].append(plain), cosines["prefix"].append(prefix)
+    return {"CLIPScore (2.5 max(cos, 0), with prefix)": float(rules.clipscore(cosines["prefix"]).mean()),
+            "100 x cosine (no prefix, as in papers)": float(rules.plain_cosine(cosines["plain"]).mean())}
+
+
+@torch.inference_mode()
+def fid(data: Path, out: Path, draw, args, device) -> dict | None:
+    """DATA: records.jsonl, MS-COCO_val2014_fid_stats.npz and pt_inception-2015-12-05-6726825d.pth."""
+    theirs = rules.read_fid_statistics(data / "MS-COCO_val2014_fid_stats.npz")
+    with torch.device("meta"):
+        network = rules.Inception()
+    weights = rules.expected(data / "pt_inception-2015-12-05-6726825d.pth", "the Inception weights of pytorch-fid")
+    fill(network, read_bin(str(weights)), str(weights))
+    drawn = draw_records(data / "records.jsonl", out, draw)
+    if drawn is None:
+        return None
+    network, features = network.to(device).eval(), []
+    for start in tqdm(range(0, len(drawn), 32), desc="Inception"):
+        pixels = torch.stack([load_image(file, 299) for _, file in drawn[start : start + 32]])
+        features.append(network(pixels.to(device)).double().cpu())
+    return {"FID": rules.fid(rules.fid_statistics(torch.cat(features).numpy()), theirs), "images": len(drawn)}
+
+
+UNDERSTANDING = {"pope": pope, "mme": mme, "vqav2": vqav2, "gqa": gqa, "mmmu": mmmu, "flickr30k": flickr30k}
+GENERATION = {"geneval": geneval, "dpg": dpg, "clipscore": clip_scores, "fid": fid}
+
+
+def run_benchmark(args) -> None:
+    """One official benchmark: official files in, prediction files and OUT/metrics.json out."""
+    if not claim(args.out, vars(args), "metrics.json", args.overwrite):
+        metrics = parse_json(read_text(args.out / "metrics.json"), f"{args.out}/metrics.json")
+        return print(flat_table(metrics.pop("benchmark"), metrics))
+    model, vq = load_from(args)
+    if args.benchmark in UNDERSTANDING:
+        metrics = UNDERSTANDING[args.benchmark](args.data, args.out, asker(model, vq, args))
+    else:
+        metrics = GENERATION[args.benchmark](args.data, args.out, drawer(model, vq, args), args, model.device)
+    if metrics is None:  # another process than the main one
+        return
+    with atomic(args.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({"benchmark": args.benchmark, **metrics}, indent=1) + "\n")
+    shutil.rmtree(args.out / "parts", ignore_errors=True)
+    print(flat_table(args.benchmark, metrics))
+
+
+def flat_table(name: str, metrics: dict) -> str:
+    """Nested metrics as one Markdown table."""
+    def rows(prefix, value):
+        if isinstance(value, dict):
+            return [row for k, v in value.items() for row in rows(f"{prefix} {k}", v)]
+        return [f"| {prefix} | {value:.4f} |" if isinstance(value, float) else f"| {prefix} | {value} |"]
+
+    return "\n".join(["| metric | value |", "|---|---|", *rows(name, metrics)])
+
+
 # ------------------------------------------------------------------------------------------------------------ report
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:0 auto;padding:16px}
 h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #e5e7eb}
-svg{width:100%;max-width:640px;height:auto}.wide{overflow-x:auto}.small{color:#6b7280;font-size:.87em}
+svg{width:100%;min-width:460px;max-width:640px;height:auto}.wide{overflow-x:auto}.small{color:#6b7280;font-size:.87em}
 table{border-collapse:collapse;font-size:.87em}td,th{padding:4px 10px;border-bottom:1px solid #e5e7eb;text-align:left;
 white-space:nowrap}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px}
 .card{border:1px solid #e5e7eb;border-radius:8px;padding:10px;min-width:0;overflow-wrap:anywhere}
@@ -284,20 +613,24 @@ COLORS = ("#2563eb", "#ea580c", "#6b7280", "#16a34a", "#9333ea", "#0891b2")
 def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str:
     """Lines as SVG. series: name -> [(x, y) or (x, y, low, high)]; ticks: names of x = 0, 1, 2, …"""
     points = [p for line in series.values() for p in line]
-    ys, right = [y for p in points for y in p[1:]], max(p[0] for p in points) or 1
-    bottom, top = min(0.0, *ys), max(*ys, min(0.0, *ys) + 1e-9)
+    ys, right = [0.0, *(y for p in points for y in p[1:])], max(p[0] for p in points) or 1
+    rough = max(max(ys) - min(ys), 1e-6) / 5
+    grid = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
+                if m * 10 ** math.floor(math.log10(rough)) >= rough)
+    bottom, top = math.floor(min(ys) / grid) * grid, math.ceil(max(ys) / grid) * grid
 
     def place(x, y):
         return 46 + 570 * x / right, 216 - 190 * (y - bottom) / (top - bottom)
 
-    parts = ['<svg viewBox="0 0 640 262" role="img">']
-    for i in range(5):
-        value = bottom + (top - bottom) * i / 4
+    parts = ['<div class="wide"><svg viewBox="0 0 640 262" role="img">']
+    for i in range(round((top - bottom) / grid) + 1):
+        value = bottom + i * grid
         y = place(0, value)[1]
         parts.append(f'<path d="M46 {y:.1f}H616" stroke="#e5e7eb"/><text x="40" y="{y + 4:.1f}" font-size="11" '
-                     f'text-anchor="end">{value:.2f}</text>')
+                     f'text-anchor="end">{value:.3g}</text>')
     names = enumerate(ticks) if ticks else [(0, "0"), (right, f"step {right:g}")]
-    parts += [f'<text x="{place(x, 0)[0]:.1f}" y="234" font-size="11" text-anchor="middle">{escape(t)}</text>' for x, t in names]
+    parts += [f'<text x="{place(x, 0)[0]:.1f}" y="234" font-size="11" text-anchor="middle">{escape(t)}</text>'
+              for x, t in names]
     for i, (name, line) in enumerate(series.items()):
         color, dots = COLORS[i % len(COLORS)], [place(*p[:2]) for p in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
@@ -307,13 +640,15 @@ def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str
                 low, high = place(p[0], p[2])[1], place(p[0], p[3])[1]
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/><path '
                              f'd="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{color}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{50 + 148 * (i % 4)}" y="{248 + 12 * (i // 4)}" font-size="11" fill="{color}">● {escape(name)}</text>')
-    return "".join(parts) + "</svg>"
+        parts.append(f'<text x="{50 + 148 * (i % 4)}" y="{248 + 12 * (i // 4)}" font-size="11" fill="{color}">'
+                     f"● {escape(name)}</text>")
+    return "".join(parts) + "</svg></div>"
 
 
 def html_table(markdown: str) -> str:
     """The Markdown tables of `table` as HTML."""
-    rows = [[escape(c.strip()) for c in line.strip("|").split("|")] for line in markdown.splitlines() if "---" not in line]
+    lines = [line.strip("|").split("|") for line in markdown.splitlines() if "---" not in line]
+    rows = [[escape(c.strip()) for c in line] for line in lines]
     cells = ["".join(f"<{tag}>{c}</{tag}>" for c in row) for tag, row in zip(["th", *["td"] * len(rows)], rows)]
     return '<div class="wide"><table>' + "".join(f"<tr>{c}</tr>" for c in cells) + "</table></div>"
 
@@ -326,7 +661,8 @@ def figure(path: Path, caption: str, kind: str = "") -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+    return (f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def drawings(evaluations: dict[str, tuple], shown: int) -> str:
@@ -353,9 +689,10 @@ def gallery(folder: Path) -> str:
             ("lose", f"lose {p.lose_image_score:.2f}", "wrong"))]
         wrong = [f"<b>{side} got wrong</b>: {escape('; '.join(questions) or 'nothing')}<br>" for side, questions in
                  (("win", p.win_image_wrong), ("lose", p.lose_image_wrong))]
-        cards.append(f'<div class="card">{escape(p.caption)}<div class="row">{"".join(figures)}</div><div class="small">'
-                     f"<b>win {p.win_caption_score:.2f}</b>: {escape(p.win_caption)}<br><b>lose {p.lose_caption_score:.2f}</b>: "
-                     f'{escape(p.lose_caption)}<br>{"".join(wrong)}</div></div>')
+        captions = [f"<b>{side} {s:.2f}</b>: {escape(text)}<br>" for side, s, text in (
+            ("win", p.win_caption_score, p.win_caption), ("lose", p.lose_caption_score, p.lose_caption))]
+        cards.append(f'<div class="card">{escape(p.caption)}<div class="row">{"".join(figures)}</div>'
+                     f'<div class="small">{"".join(captions + wrong)}</div></div>')
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
@@ -364,7 +701,8 @@ def training(folder: Path) -> str:
     log = [parse_json(line, f"{folder}/train.jsonl") for line in read_text(folder / "train.jsonl").splitlines()]
     sets = {"losses": ("loss_und", "loss_gen", "nll_und", "nll_gen"), "accuracy": ("accuracy_und", "accuracy_gen"),
             "log-prob changes": ("win_change_und", "lose_change_und", "win_change_gen", "lose_change_gen")}
-    charts = [f"<div>{title}{chart({k: [(r['step'], r[k]) for r in log] for k in keys})}</div>" for title, keys in sets.items()]
+    lines = {title: {k: [(r["step"], r[k]) for r in log] for k in keys} for title, keys in sets.items()}
+    charts = [f'<div class="card">{title}{chart(series)}</div>' for title, series in lines.items()]
     return f'<div class="grid">{"".join(charts)}</div>'
 
 
@@ -375,7 +713,7 @@ def report(args) -> None:
     evaluations = {n: (args.report / "eval" / n, read_jsonl(args.report / "eval" / n / "answers.jsonl", Verdict))
                    for n in names if (args.report / "eval" / n / "answers.jsonl").exists()}
     if "base" not in evaluations:
-        raise InputError(f"{args.report}/eval/base/answers.jsonl: missing; --report wants the folder of run_selfplay.sh")
+        raise InputError(f"{args.report}/eval/base/answers.jsonl: missing; --report wants a run of run_selfplay.sh")
     metrics = {n: evaluate(verdicts) for n, (_, verdicts) in evaluations.items()}
     lines = {m: [(i, *metrics[n][m].values()) for i, n in enumerate(metrics)]
              for m in ("understanding", "generation", "gap", "everything right")}
@@ -384,22 +722,25 @@ def report(args) -> None:
         f"| {e} | {b['questions']} | {b['understanding']:.3f} | {last['by element'][e]['understanding']:.3f} | "
         f"{b['generation']:.3f} | {last['by element'][e]['generation']:.3f} |" for e, b in first["by element"].items()])
     differences = {n: paired_difference(evaluations["base"][1], v) for n, (_, v) in evaluations.items() if n != "base"}
-    settings = {str(p.parent.relative_to(args.report)): read_text(p) for p in sorted(args.report.glob("**/settings.json"))}
+    files = sorted(args.report.glob("**/settings.json"))
+    settings = {str(p.parent.relative_to(args.report)): read_text(p) for p in files}
     parts = [f"<h1>HermesFlow: {escape(args.report.name)}</h1><p class=small>{first['records']} held-out records, "
-             f"{first['different texts']} different texts; mean over records, 95 % bootstrap intervals; code {revision()}</p>",
+             f"{first['different texts']} different texts; mean over records, 95 % bootstrap intervals; "
+             f"code {revision()}</p>",
              "<h2>Understanding, generation and the gap</h2>", chart(lines, list(metrics)), html_table(table(metrics)),
              "<p>Paired difference to the base:</p>" + html_table(table(differences, "+")) if differences else "",
              "<h2>By what the questions are about</h2>", html_table(elements),
-             "<h2>Held-out prompts</h2><p class=small>Green: everything right. Numbers: questions that the judge answers "
-             "right about the drawing.</p>", drawings(evaluations, args.show)]
+             "<h2>Held-out prompts</h2><p class=small>Green: everything right. Numbers: questions that the judge "
+             "answers right about the drawing.</p>", drawings(evaluations, args.show)]
     for log in rounds:
         name, folder = log.parts[-3], log.parent.parent
         parts += [f"<h2>{name}: preference pairs</h2>", gallery(folder / "pairs"), f"<h2>{name}: training</h2>",
                   training(folder / "train")]
     parts += ["<h2>Settings</h2>"] + [f"<details><summary>{escape(n)}</summary><pre>{escape(s)}</pre></details>"
                                       for n, s in settings.items()]
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><title>HermesFlow: {escape(args.report.name)}</title><style>{STYLE}</style>{"".join(parts)}</html>\n')
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>HermesFlow: {escape(args.report.name)}</title><style>{STYLE}</style>{"".join(parts)}</html>\n')
     with atomic(args.report / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(args.report / "report.html")
@@ -407,7 +748,8 @@ def report(args) -> None:
 
 def revision() -> str:
     """The code's git revision, with "-dirty" if files were changed."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
     return escape(done.stdout.strip()) or "unknown"
 
 
@@ -419,7 +761,12 @@ def parse_args():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="OUT", help="compare finished evaluations instead")
-    parser.add_argument("--report", type=Path, metavar="RUN", help="write RUN/report.html about a run of run_selfplay.sh")
+    parser.add_argument("--benchmark", choices=[*UNDERSTANDING, *GENERATION], help="instead of --records")
+    parser.add_argument("--data", type=Path, help="folder with the benchmark's official files; see the README")
+    parser.add_argument("--detector", default="facebook/mask2former-swin-small-coco-instance", help="for geneval")
+    parser.add_argument("--clip", help="for geneval [openai/clip-vit-large-patch14], clipscore [-base-patch32]")
+    parser.add_argument("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="for dpg")
+    parser.add_argument("--report", type=Path, metavar="RUN", help="write report.html about a run of run_selfplay.sh")
     parser.add_argument("--judge", default="toy", help="toy, self, or an image-text-to-text model by id or folder")
     parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder: its [CLS] vectors")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
@@ -433,14 +780,21 @@ def parse_args():
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")
     parser.add_argument("--show", type=int, default=12, help="records in the picture")
     args = parser.parse_args()
-    if not (args.report or (args.out and (args.records or args.compare))):
-        parser.error("--report, or --out with --records or --compare, is needed")
+    if not (args.report or (args.out and (args.records or args.compare or (args.benchmark and args.data)))):
+        parser.error("--report, or --out with --records, --compare, or --benchmark and --data, is needed")
     return args
 
 
 def main():
     args = parse_args()
-    (report if args.report else compare if args.compare else evaluate_checkpoint)(args)
+    if args.report:
+        report(args)
+    elif args.compare:
+        compare(args)
+    elif args.benchmark:
+        run_benchmark(args)
+    else:
+        evaluate_checkpoint(args)
 
 
 if __name__ == "__main__":

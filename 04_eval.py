@@ -598,12 +598,12 @@ def flat_table(name: str, metrics: dict) -> str:
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:0 auto;padding:16px}
 h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #e5e7eb}
-svg{width:100%;min-width:460px;max-width:640px;height:auto}.wide{overflow-x:auto}.small{color:#6b7280;font-size:.87em}
+svg{width:100%;max-width:600px;height:auto}.wide{overflow-x:auto}.small{color:#6b7280;font-size:.87em}
 table{border-collapse:collapse;font-size:.87em}td,th{padding:4px 10px;border-bottom:1px solid #e5e7eb;text-align:left;
 white-space:nowrap}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px}
 .card{border:1px solid #e5e7eb;border-radius:8px;padding:10px;min-width:0;overflow-wrap:anywhere}
-.row{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;width:88px;font-size:.75em}
-figure img{width:88px;height:88px;object-fit:cover;box-sizing:border-box;border:3px solid #d1d5db}
+.row{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;flex:1 1 62px;max-width:120px;font-size:.72em}
+figure img{width:100%;aspect-ratio:1;object-fit:cover;box-sizing:border-box;border:3px solid #d1d5db}
 .right img{border-color:#16a34a}.wrong img{border-color:#dc2626}pre{overflow-x:auto;font-size:.8em}
 @media(max-width:480px){.grid{grid-template-columns:1fr}}
 """
@@ -620,13 +620,13 @@ def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str
     bottom, top = math.floor(min(ys) / grid) * grid, math.ceil(max(ys) / grid) * grid
 
     def place(x, y):
-        return 46 + 570 * x / right, 216 - 190 * (y - bottom) / (top - bottom)
+        return 40 + 370 * x / right, 216 - 200 * (y - bottom) / (top - bottom)
 
-    parts = ['<div class="wide"><svg viewBox="0 0 640 262" role="img">']
+    parts = ['<svg viewBox="0 0 440 276" role="img">']
     for i in range(round((top - bottom) / grid) + 1):
         value = bottom + i * grid
         y = place(0, value)[1]
-        parts.append(f'<path d="M46 {y:.1f}H616" stroke="#e5e7eb"/><text x="40" y="{y + 4:.1f}" font-size="11" '
+        parts.append(f'<path d="M40 {y:.1f}H410" stroke="#e5e7eb"/><text x="34" y="{y + 4:.1f}" font-size="11" '
                      f'text-anchor="end">{value:.3g}</text>')
     names = enumerate(ticks) if ticks else [(0, "0"), (right, f"step {right:g}")]
     parts += [f'<text x="{place(x, 0)[0]:.1f}" y="234" font-size="11" text-anchor="middle">{escape(t)}</text>'
@@ -640,9 +640,9 @@ def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str
                 low, high = place(p[0], p[2])[1], place(p[0], p[3])[1]
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/><path '
                              f'd="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{color}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{50 + 148 * (i % 4)}" y="{248 + 12 * (i // 4)}" font-size="11" fill="{color}">'
+        parts.append(f'<text x="{50 + 190 * (i % 2)}" y="{254 + 15 * (i // 2)}" font-size="12" fill="{color}">'
                      f"● {escape(name)}</text>")
-    return "".join(parts) + "</svg></div>"
+    return "".join(parts) + "</svg>"
 
 
 def html_table(markdown: str) -> str:

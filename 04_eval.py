@@ -23,6 +23,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from html import escape
 from importlib import import_module
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfig, AutoImageProcessor,
@@ -285,29 +287,34 @@ class Job:
 
 
 def asker(model, vq, args):
-    """A function [(image file, prompt)] -> [answer], greedy, resumable; None on all processes but the main one."""
+    """A function [(image file, prompt)] -> [answer], greedy, resumable. Only the main process returns from it."""
 
     @torch.inference_mode()
     def examine(jobs: list[Job]) -> list[dict]:
         files = list(dict.fromkeys(j.image for j in jobs))  # each image is read and prefilled once
         codes = sampling.encode_images(model, vq, [Record("", f, "") for f in files])
         asks = [Ask(files.index(j.image), model.tokens.ask(j.text)) for j in jobs]
-        said = write_text(model, codes, asks, args.max_new_tokens)
+        said = write_text(model, codes, asks, 64 if args.benchmark == "flickr30k" else args.max_new_tokens)
         return [dict(id=j.id, answer=model.tokens.decode(ids).strip()) for j, ids in zip(jobs, said)]
 
-    def ask(pairs: list[tuple]) -> list[str] | None:
+    def ask(pairs: list[tuple]) -> list[str]:
         jobs = [Job(str(n), str(image), prompt) for n, (image, prompt) in enumerate(pairs)]
         results = map_records(examine, jobs, args.out, args.batch, args.benchmark)
-        return results and [r["answer"] for r in results]
+        leave_to_the_main_process()
+        return [r["answer"] for r in results]
 
     return ask
 
 
-def pope(data: Path, out: Path, ask) -> dict | None:
+def leave_to_the_main_process() -> None:
+    """Several processes ask and draw; one scores and writes."""
+    if not PartialState().is_main_process:
+        sys.exit()
+
+
+def pope(data: Path, out: Path, ask) -> dict:
     splits = rules.read_pope(data)
     said = ask([(data / "val2014" / q.image, q.text + rules.SHORT_ANSWER) for qs in splits.values() for q in qs])
-    if said is None:
-        return None
     said, scores = iter(said), {}
     for split, questions in splits.items():
         answers = [next(said) for _ in questions]
@@ -316,54 +323,44 @@ def pope(data: Path, out: Path, ask) -> dict | None:
     return {"mean": rules.pope_mean(scores), **scores}
 
 
-def mme(data: Path, out: Path, ask) -> dict | None:
+def mme(data: Path, out: Path, ask) -> dict:
     tasks = rules.read_mme(data)
     said = ask([(q.image, rules.mme_prompt(q.question)) for qs in tasks.values() for q in qs])
-    if said is None:
-        return None
     said = iter(said)
     answers = {task: [next(said) for _ in questions] for task, questions in tasks.items()}
     rules.write_mme(out / "mme_results", tasks, answers)
     return rules.mme_score({t: rules.mme_task([q.label for q in qs], answers[t]) for t, qs in tasks.items()})
 
 
-def vqav2(data: Path, out: Path, ask) -> dict | None:
+def vqav2(data: Path, out: Path, ask) -> dict:
     """DATA holds the questions file, the annotations file (not for test splits) and a folder of images."""
     questions = rules.read_vqa(only(data, "v2_OpenEnded_mscoco_*_questions.json"),
                                next(iter(sorted(data.glob("v2_mscoco_*_annotations.json"))), None))
     answers = ask([(data / "images" / q.image, q.question + rules.SHORT_ANSWER) for q in questions])
-    if answers is None:
-        return None
     rules.write_vqa(out / "vqa_results.json", questions, answers)
     return rules.vqa_score(questions, answers) if questions[0].answers else {}
 
 
-def gqa(data: Path, out: Path, ask) -> dict | None:
+def gqa(data: Path, out: Path, ask) -> dict:
     questions = rules.read_gqa(data / "testdev_balanced_questions.json")
     answers = ask([(data / "images" / f"{q.imageId}.jpg", q.question + rules.SHORT_ANSWER) for q in questions])
-    if answers is None:
-        return None
     rules.write_gqa(out / "testdev_balanced_predictions.json", questions, answers)
     return {"accuracy": rules.gqa_score(questions, answers)}
 
 
-def mmmu(data: Path, out: Path, ask) -> dict | None:
+def mmmu(data: Path, out: Path, ask) -> dict:
     """Show-o sees one image: a question's first."""
     questions = rules.read_mmmu(only(data, "*.jsonl"))
     answers = ask([(q.images[0], rules.mmmu_prompt(q)) for q in questions])
-    if answers is None:
-        return None
     predictions = rules.mmmu_predictions(questions, answers)
     rules.write_mmmu(out / "mmmu_predictions.json", questions, predictions)
     return rules.mmmu_score(questions, predictions)
 
 
-def flickr30k(data: Path, out: Path, ask) -> dict | None:
+def flickr30k(data: Path, out: Path, ask) -> dict:
     """CIDEr-D over the 1,000 test images; words by an approximation of the PTB tokeniser, which is Java."""
     references = rules.read_flickr(data / "dataset_flickr30k.json")
     captions = ask([(data / "images" / name, rules.FLICKR_PROMPT) for name in references])
-    if captions is None:
-        return None
     results = [{"image_id": name, "caption": c} for name, c in zip(references, captions)]
     with atomic(out / "flickr30k_captions.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -395,14 +392,16 @@ def drawer(model, vq, args):
         seeds = [seed_of(args.seed, args.benchmark, j.id, k) for j, f in zip(jobs, files) for k in range(len(f))]
         codes = draw_images(model, texts, seeds, args.steps, args.guidance, args.temperature, args.anneal == "compound")
         for file, picture in zip([name for f in files for name in f], to_pil(vq.decode(codes))):
-            save_picture(picture, file)
+            if not Path(file).exists():
+                save_picture(picture, file)
         return [dict(id=j.id) for j in jobs]
 
-    def draw(wanted: list[tuple]) -> bool:
+    def draw(wanted: list[tuple]) -> None:
         jobs = [Job(id, json.dumps([str(f) for f in files]), text) for id, text, files in wanted
                 if not all(f.exists() for f in files)]
-        done = not jobs or map_records(paint, jobs, args.out, args.batch, f"draw for {args.benchmark}")
-        return bool(done)
+        if jobs:
+            map_records(paint, jobs, args.out, args.batch, f"draw for {args.benchmark}")
+        leave_to_the_main_process()
 
     return draw
 
@@ -466,14 +465,13 @@ class Clip:
         return F.normalize(getattr(features, "pooler_output", features), dim=-1)  # (B, D)
 
 
-def geneval(data: Path, out: Path, draw, args, device) -> dict | None:
+def geneval(data: Path, out: Path, draw, args, device) -> dict:
     """Official layout: OUT/images/<index>/metadata.jsonl and samples/0000<k>.png, four images per prompt."""
     prompts = rules.read_geneval(data / "evaluation_metadata.jsonl")
     names = rules.read_object_names(data / "object_names.txt")
     folders = [out / "images" / f"{i:05d}" for i in range(len(prompts))]
     files = [[folder / "samples" / f"{k:05d}.png" for k in range(4)] for folder in folders]
-    if not draw([(f.name, p["prompt"], samples) for f, p, samples in zip(folders, prompts, files)]):
-        return None
+    draw([(f.name, p["prompt"], samples) for f, p, samples in zip(folders, prompts, files)])
     detector, results = Detector(args.detector, args.clip or "openai/clip-vit-large-patch14", names, device), []
     for folder, prompt, samples in zip(tqdm(folders, desc="detect"), prompts, files):
         with atomic(folder / "metadata.jsonl") as temporary:
@@ -490,7 +488,7 @@ def geneval(data: Path, out: Path, draw, args, device) -> dict | None:
     return rules.geneval_summary([(p, r["correct"]) for p, _, r in results])
 
 
-def dpg(data: Path, out: Path, draw, args, device) -> dict | None:
+def dpg(data: Path, out: Path, draw, args, device) -> dict:
     """Official layout: OUT/images/<item>.png, a 2×2 grid of four images.
 
     The official judge, mPLUG-large, has no transformers port; scores of another one do not compare with published ones.
@@ -500,8 +498,7 @@ def dpg(data: Path, out: Path, draw, args, device) -> dict | None:
         grids[item] = out / "images" / f"{item}.png"
     missing = [item for item, grid in grids.items() if not grid.exists()]
     crops = {item: [out / "crops" / item / f"{k}.png" for k in range(4)] for item in missing}
-    if not draw([(i, read_text(data / "prompts" / f"{i}.txt").strip(), files) for i, files in crops.items()]):
-        return None
+    draw([(i, read_text(data / "prompts" / f"{i}.txt").strip(), files) for i, files in crops.items()])
     for item, files in crops.items():
         pictures = [Image.open(f) for f in files]
         width, height = pictures[0].size
@@ -522,17 +519,16 @@ def dpg(data: Path, out: Path, draw, args, device) -> dict | None:
             **{name: {k: s[k] for k in ("dpg_score", "L1", "L2")} for name, s in scores.items()}}
 
 
-def draw_records(data: Path, out: Path, draw) -> list[tuple[Record, Path]] | None:
+def draw_records(data: Path, out: Path, draw) -> list[tuple[Record, Path]]:
     """One image of every record's text: OUT/images/<id>.png."""
     files = [(r, out / "images" / f"{r.id}.png") for r in read_records(data)]
-    return files if draw([(r.id, r.drawing_text, [file]) for r, file in files]) else None
+    draw([(r.id, r.drawing_text, [file]) for r, file in files])
+    return files
 
 
-def clip_scores(data: Path, out: Path, draw, args, device) -> dict | None:
+def clip_scores(data: Path, out: Path, draw, args, device) -> dict:
     """DATA: records with captions. Both variants, by name."""
     drawn = draw_records(data, out, draw)
-    if drawn is None:
-        return None
     clip = Clip(args.clip or "openai/clip-vit-base-patch32", device)
     cosines = {"plain": [], "prefix": []}
     for record, file in tqdm(drawn, desc="CLIP"):
@@ -544,7 +540,7 @@ def clip_scores(data: Path, out: Path, draw, args, device) -> dict | None:
 
 
 @torch.inference_mode()
-def fid(data: Path, out: Path, draw, args, device) -> dict | None:
+def fid(data: Path, out: Path, draw, args, device) -> dict:
     """DATA: records.jsonl, MS-COCO_val2014_fid_stats.npz and pt_inception-2015-12-05-6726825d.pth."""
     theirs = rules.read_fid_statistics(data / "MS-COCO_val2014_fid_stats.npz")
     with torch.device("meta"):
@@ -552,8 +548,6 @@ def fid(data: Path, out: Path, draw, args, device) -> dict | None:
     weights = rules.expected(data / "pt_inception-2015-12-05-6726825d.pth", "the Inception weights of pytorch-fid")
     fill(network, read_bin(str(weights)), str(weights))
     drawn = draw_records(data / "records.jsonl", out, draw)
-    if drawn is None:
-        return None
     network, features = network.to(device).eval(), []
     for start in tqdm(range(0, len(drawn), 32), desc="Inception"):
         pixels = torch.stack([load_image(file, 299) for _, file in drawn[start : start + 32]])
@@ -575,8 +569,6 @@ def run_benchmark(args) -> None:
         metrics = UNDERSTANDING[args.benchmark](args.data, args.out, asker(model, vq, args))
     else:
         metrics = GENERATION[args.benchmark](args.data, args.out, drawer(model, vq, args), args, model.device)
-    if metrics is None:  # another process than the main one
-        return
     with atomic(args.out / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"benchmark": args.benchmark, **metrics}, indent=1) + "\n")
     shutil.rmtree(args.out / "parts", ignore_errors=True)

@@ -242,13 +242,20 @@ def evaluate_checkpoint(args) -> None:
     print(table({args.out.name: metrics}))
 
 
+def read_verdicts(folders: list[Path]) -> dict[str, list[Verdict]]:
+    """The verdicts of several evaluations by folder name; they must be about the same records."""
+    runs = {folder.name: read_jsonl(folder / "answers.jsonl", Verdict) for folder in folders}
+    first = runs[folders[0].name]
+    for name, verdicts in runs.items():
+        if [(v.id, v.text) for v in verdicts] != [(v.id, v.text) for v in first]:
+            raise InputError(f"{name}/answers.jsonl: other records than {folders[0].name}/answers.jsonl")
+    return runs
+
+
 def compare(args) -> None:
     """Table, paired differences and picture of evaluations of the same records: real image, then the drawings."""
-    runs = {folder.name: read_jsonl(folder / "answers.jsonl", Verdict) for folder in args.compare}
+    runs = read_verdicts(args.compare)
     name, first = next(iter(runs.items()))
-    for other, verdicts in runs.items():
-        if [v.id for v in verdicts] != [v.id for v in first]:
-            raise InputError(f"{other}/answers.jsonl: other records than {name}/answers.jsonl")
     texts = len({v.text for v in first})
     text = f"{len(first)} records, {texts} different texts; mean over records [95 % interval]\n\n"
     text += table({n: evaluate(verdicts) for n, verdicts in runs.items()})
@@ -351,6 +358,9 @@ def gqa(data: Path, out: Path, ask) -> dict:
 def mmmu(data: Path, out: Path, ask) -> dict:
     """Show-o sees one image: a question's first."""
     questions = rules.read_mmmu(only(data, "*.jsonl"))
+    for q in questions:
+        if not q.images:
+            raise InputError(f"{data}: id {q.id!r}: field 'image_1' is missing")
     answers = ask([(q.images[0], rules.mmmu_prompt(q)) for q in questions])
     predictions = rules.mmmu_predictions(questions, answers)
     rules.write_mmmu(out / "mmmu_predictions.json", questions, predictions)
@@ -546,7 +556,8 @@ def fid(data: Path, out: Path, draw, args, device) -> dict:
     with torch.device("meta"):
         network = rules.Inception()
     weights = rules.expected(data / "pt_inception-2015-12-05-6726825d.pth", "the Inception weights of pytorch-fid")
-    fill(network, read_bin(str(weights)), str(weights))
+    known = {k: v for k, v in read_bin(str(weights)).items() if not k.endswith("num_batches_tracked")}
+    fill(network, known, str(weights))
     drawn = draw_records(data / "records.jsonl", out, draw)
     network, features = network.to(device).eval(), []
     for start in tqdm(range(0, len(drawn), 32), desc="Inception"):
@@ -702,10 +713,10 @@ def report(args) -> None:
     """OUT/report.html, one self-contained page about a run of run_selfplay.sh in folder OUT."""
     rounds = sorted(args.report.glob("round*/train/train.jsonl"), key=lambda p: int(p.parts[-3].removeprefix("round")))
     names = ["base", *(p.parts[-3] for p in rounds)]
-    evaluations = {n: (args.report / "eval" / n, read_jsonl(args.report / "eval" / n / "answers.jsonl", Verdict))
-                   for n in names if (args.report / "eval" / n / "answers.jsonl").exists()}
-    if "base" not in evaluations:
+    folders = [f for f in (args.report / "eval" / n for n in names) if (f / "answers.jsonl").exists()]
+    if not folders or folders[0].name != "base":
         raise InputError(f"{args.report}/eval/base/answers.jsonl: missing; --report wants a run of run_selfplay.sh")
+    evaluations = {n: (args.report / "eval" / n, verdicts) for n, verdicts in read_verdicts(folders).items()}
     metrics = {n: evaluate(verdicts) for n, (_, verdicts) in evaluations.items()}
     lines = {m: [(i, *metrics[n][m].values()) for i, n in enumerate(metrics)]
              for m in ("understanding", "generation", "gap", "everything right")}

@@ -162,7 +162,7 @@ def evaluate(verdicts: list[Verdict]) -> dict:
     elements = {}
     for v in verdicts:
         for q, und, gen in zip(v.questions, v.und_right, v.gen_right):
-            elements.setdefault(q.element or "other", []).append((und, gen))
+            elements.setdefault(q.element.replace("|", "/") or "other", []).append((und, gen))
     means = {e: [float(m) for m in np.mean(rows, 0)] for e, rows in sorted(elements.items())}
     by_element = {e: dict(questions=len(elements[e]), understanding=u, generation=g) for e, (u, g) in means.items()}
     metrics = {name: dict(zip(("mean", "low", "high"), bootstrap(v))) for name, v in per_record(verdicts).items()}
@@ -556,8 +556,8 @@ def fid(data: Path, out: Path, draw, args, device) -> dict:
     with torch.device("meta"):
         network = rules.Inception()
     weights = rules.expected(data / "pt_inception-2015-12-05-6726825d.pth", "the Inception weights of pytorch-fid")
-    known = {k: v for k, v in read_bin(str(weights)).items() if not k.endswith("num_batches_tracked")}
-    fill(network, known, str(weights))
+    counters = {k: torch.tensor(0) for k in network.state_dict() if k.endswith("num_batches_tracked")}  # may be missing
+    fill(network, counters | read_bin(str(weights)), str(weights))
     drawn = draw_records(data / "records.jsonl", out, draw)
     network, features = network.to(device).eval(), []
     for start in tqdm(range(0, len(drawn), 32), desc="Inception"):
@@ -659,7 +659,7 @@ def html_table(markdown: str) -> str:
 def figure(path: Path, caption: str, kind: str = "") -> str:
     if not path.is_file():
         return ""
-    picture = Image.open(path).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     picture.thumbnail((256, 256))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -824,7 +824,6 @@ class Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
-        self.bn.num_batches_tracked = None  # not among the weights
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))

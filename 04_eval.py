@@ -6,14 +6,19 @@ writes  OUT/answers.jsonl   per record: the caption, every answer about the real
         OUT/metrics.json    understanding, caption score, generation, gap; each with a bootstrap 95 % interval
         OUT/images          the first drawings, for people
 
-    python 04_eval.py --model toy/base --records runs/toy/eval/records.jsonl --judge toy --out runs/toy/eval/base
+    python 04_eval.py --model toy/base --records runs/toy/held_out/records.jsonl --steps 10 --guidance 0 --out runs/base
     python 04_eval.py --compare runs/toy/eval/base runs/toy/eval/round1 --out runs/toy/eval    # table and picture
+    python 04_eval.py --report runs/toy                                                       # report.html of a run
+    python 04_eval.py --benchmark pope --data POPE --model runs/toy/round2/train/checkpoint --out runs/pope
 
 understanding   accuracy of the model's answers about the real image
 generation      accuracy of a judge's answers about one drawn image (the paper: GPT-4o): --judge toy is the toy world's
-                exact oracle, self the checkpoint itself, any other name a transformers image-text-to-text model
+                exact oracle, self the checkpoint itself, any other name a transformers image-text-to-text or VQA model
 everything right  share of drawings without any mistake: by the oracle, or all questions answered right
 gap             understanding − generation
+
+From top to bottom: judges, metrics, the gap protocol, understanding benchmarks, generation benchmarks (their official rules
+are in benchmarks.py), the report.
 """
 
 import argparse
@@ -187,7 +192,7 @@ def table(named: dict[str, dict], sign: str = "") -> str:
                               for name, m in named.items()])
 
 
-# ------------------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------------------ gap protocol
 
 
 def evaluate_checkpoint(args) -> None:

@@ -35,7 +35,6 @@ THRESHOLD = 45.0                                # RMS distance (0..255) beyond w
 
 Type = namedtuple("Type", "size color shape")
 TYPES = [Type(size, color, shape) for size in SIZES for color in COLORS for shape in SHAPES]
-INDEX = {t: i for i, t in enumerate(TYPES)}
 # kind: single, pair or count; types: (a,) or (a, b) as indices into TYPES; relation: None or one of RELATIONS
 Spec = namedtuple("Spec", "kind types relation number")
 

@@ -17,8 +17,8 @@ generation      accuracy of a judge's answers about one drawn image (the paper: 
 everything right  share of drawings without any mistake: by the oracle, or all questions answered right
 gap             understanding − generation
 
-From top to bottom: judges, metrics, the gap protocol, understanding benchmarks, generation benchmarks (their official rules
-are in benchmarks.py), the report.
+From top to bottom: judges, metrics, the gap protocol, understanding benchmarks, generation benchmarks (official rules:
+benchmarks.py), the report.
 """
 
 import argparse
@@ -45,7 +45,6 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
                           Mask2FormerForUniversalSegmentation)
 
 import benchmarks as rules
-
 from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, atomic, claim,
                    draw_images, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin, read_jsonl,
                    read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_jsonl, write_text)
@@ -248,12 +247,13 @@ def evaluate_checkpoint(args) -> None:
 
 
 def read_verdicts(folders: list[Path]) -> dict[str, list[Verdict]]:
-    """The verdicts of several evaluations by folder name; they must be about the same records."""
-    runs = {folder.name: read_jsonl(folder / "answers.jsonl", Verdict) for folder in folders}
-    first = runs[folders[0].name]
+    """The verdicts of several evaluations by folder (its name, if that tells them apart); all of the same records."""
+    alike = len({f.name for f in folders}) < len(folders)
+    runs = {str(f) if alike else f.name: read_jsonl(f / "answers.jsonl", Verdict) for f in folders}
+    base, first = next(iter(runs.items()))
     for name, verdicts in runs.items():
         if [(v.id, v.text) for v in verdicts] != [(v.id, v.text) for v in first]:
-            raise InputError(f"{name}/answers.jsonl: other records than {folders[0].name}/answers.jsonl")
+            raise InputError(f"{name}/answers.jsonl: other records than {base}/answers.jsonl")
     return runs
 
 
@@ -280,10 +280,11 @@ def compare(args) -> None:
             row.append(ImageOps.expand(picture.resize((240, 240), Image.Resampling.NEAREST), 8, frame))
         rows.append(row)
         labels.append(shown.text)
-    save_picture(sheet(rows, labels, 96, columns=3), args.out / "comparison.png")
     print(text)
-    print(f"\n{args.out / 'table.md'}; {args.out / 'comparison.png'}: the real image, then {', '.join(runs)}; "
-          "green frame: everything right")
+    if rows:
+        save_picture(sheet(rows, labels, 96, columns=3), args.out / "comparison.png")
+        print(f"\n{args.out / 'table.md'}; {args.out / 'comparison.png'}: the real image, then {', '.join(runs)}; "
+              "green frame: everything right")
 
 
 # --------------------------------------------------------------------- understanding benchmarks: ask, write, score

@@ -1,5 +1,6 @@
 """04_eval.py: the two judges, the metrics, their intervals and the table."""
 
+import shutil
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -328,3 +329,12 @@ def test_compare_refuses_other_records(finished):
 def test_compare_without_an_evaluation(finished):
     with pytest.raises(InputError, match="answers.jsonl"):
         compared(finished, ["base", "nothing"])
+
+
+def test_compare_tells_folders_of_one_name_apart(finished):
+    """The same round of two runs: two lines and a difference, not one line."""
+    other = finished / "other" / "base"
+    other.parent.mkdir()
+    shutil.copytree(finished / "round1", other)
+    text, _ = compared(finished, ["base", "other/base"])
+    assert text.count(f"| {finished / 'base'} |") == 1 and text.count(f"| {other} |") == 2

@@ -88,7 +88,9 @@ def try_by_eye(model, vq, args) -> None:
     if args.prompt is not None:
         codes = sample_images(model, [Record("prompt", "", args.prompt)], args)[0]
         with torch.inference_mode():
-            save_picture(sheet([to_pil(vq.decode(codes))], [args.prompt], 256), args.out / "prompt.png")
+            pictures = to_pil(vq.decode(codes))
+        rows = [pictures[i : i + 8] for i in range(0, len(pictures), 8)]
+        save_picture(sheet(rows, [args.prompt] * len(rows), 160), args.out / "prompt.png")
         print(f"{args.images} images of {args.prompt!r}: {args.out / 'prompt.png'}")
     if args.image is not None:
         record = Record("image", args.image, "")

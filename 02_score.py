@@ -18,6 +18,7 @@ import difflib
 import re
 import shutil
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,8 +91,12 @@ def answer_matcher(name: str, device):
     if name == "text":
         return nearest_text
     encode = Encoder(name, "mean", device)
-    return lambda answer, choices: answer if answer in choices else choices[
-        int((encode(choices) @ encode([answer])[0]).argmax())]
+
+    @cache  # the same few answers come again and again
+    def nearest(answer: str, choices: tuple[str]) -> str:
+        return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
+
+    return lambda answer, choices: answer if answer in choices else nearest(answer, tuple(choices))
 
 
 def nearest_text(answer: str, choices: list[str]) -> str:

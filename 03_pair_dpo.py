@@ -28,9 +28,9 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from model import (CAPTION_QUESTION, InputError, Pair, Segment, add_model_arguments, answer_segment, atomic, claim,
+from model import (CAPTION_QUESTION, InputError, Pair, Segment, add_model_arguments, answer_segment, claim, decay_groups,
                    image_segment, load, load_tensors, pack, random_mask, read_jsonl, read_text, run, save, save_tensors,
-                   seed_of, uniforms)
+                   seed_of, uniforms, write_file)
 
 WIN, LOSE = 1, 2  # segments of a packed row; 0 is the prefix they share
 
@@ -134,10 +134,7 @@ def loss_and_log(model, tokens, chunk, reference, args, device) -> tuple[torch.T
 
 def train(model, tokens, order, reference, accelerator, args) -> None:
     """AdamW with warm-up and decay; continues from OUT/state if it is there."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
-                                  betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999))
     scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * args.steps), args.steps)
     optimizer = accelerator.prepare(optimizer)
     accelerator.register_for_checkpointing(scheduler)
@@ -203,8 +200,7 @@ def resume(accelerator, out: Path) -> int:
         accelerator.load_state(str(state))
     if accelerator.is_main_process and (out / "train.jsonl").exists():
         lines = read_text(out / "train.jsonl").splitlines(keepends=True)[:start]
-        with atomic(out / "train.jsonl") as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write_file(out / "train.jsonl", "".join(lines))
     return start
 
 

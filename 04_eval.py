@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -45,9 +46,10 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
                           Mask2FormerForUniversalSegmentation)
 
 import benchmarks as rules
-from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, atomic, claim,
-                   draw_images, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin, read_jsonl,
-                   read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_jsonl, write_text)
+from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, claim, draw_images,
+                   fill, load_from, load_image, map_records, parse_json, parse_record, read_bin, read_jsonl, read_object,
+                   read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_file, write_jsonl,
+                   write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
 
@@ -200,7 +202,7 @@ def evaluate_checkpoint(args) -> None:
     if without:
         raise InputError(f"{args.records}: id {without[0]!r}: field 'questions' is empty; evaluation needs questions")
     if not claim(args.out, vars(args), "metrics.json", args.overwrite):
-        return print(table({args.out.name: parse_json(read_text(args.out / "metrics.json"), "metrics.json")}))
+        return print(table({args.out.name: read_object(args.out / "metrics.json")}))
     model, vq = load_from(args)
     similarity = scoring.caption_scorer(args.caption_scorer, model.device)
     match = scoring.answer_matcher(args.matcher, model.device)
@@ -240,8 +242,7 @@ def evaluate_checkpoint(args) -> None:
         save_picture(picture, args.out / "images" / f"{v.id}.png")
     write_jsonl(args.out / "answers.jsonl", verdicts)
     metrics = evaluate(verdicts)
-    with atomic(args.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     shutil.rmtree(args.out / "parts")
     print(table({args.out.name: metrics}))
 
@@ -267,8 +268,7 @@ def compare(args) -> None:
     if len(runs) > 1:
         text += f"\n\nPaired difference to {name}:\n\n" + table(
             {n: paired_difference(first, verdicts) for n, verdicts in list(runs.items())[1:]}, "+")
-    with atomic(args.out / "table.md") as temporary:
-        temporary.write_text(text + "\n")
+    write_file(args.out / "table.md", text + "\n")
     rows, labels = [], []
     for i, shown in enumerate(first[: args.show]):
         if not all((folder / "images" / f"{shown.id}.png").exists() for folder in args.compare):
@@ -378,8 +378,7 @@ def flickr30k(data: Path, out: Path, ask) -> dict:
     references = rules.read_flickr(data / "dataset_flickr30k.json")
     captions = ask([(data / "images" / name, rules.FLICKR_PROMPT) for name in references])
     results = [{"image_id": name, "caption": c} for name, c in zip(references, captions)]
-    with atomic(out / "flickr30k_captions.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_file(out / "flickr30k_captions.json", json.dumps(results, indent=1) + "\n")
     score = rules.cider_d({r["image_id"]: rules.ptb_words(r["caption"]) for r in results},
                           {name: [rules.ptb_words(t) for t in texts] for name, texts in references.items()})
     return {"CIDEr-D x 100 (PTB tokeniser approximated)": 100 * score["cider_d"]}
@@ -454,10 +453,14 @@ class Detector:
         """Background painted grey, box cropped, nearest of ten colours in CLIP."""
         grey = Image.new("RGB", image.size, "#999999")
         cut = Image.composite(image, grey, Image.fromarray(found["mask"].numpy())).crop(found["box"])
-        texts = [[f"a photo of a {c} {found['class']}", f"a photo of a {c}-colored {found['class']}",
-                  f"a photo of a {c} object"] for c in rules.GENEVAL_COLORS]
-        prototypes = F.normalize(torch.stack([self.clip.texts(t).mean(0) for t in texts]), dim=-1)  # (10, D)
-        return rules.GENEVAL_COLORS[int((prototypes @ self.clip.images([cut])[0]).argmax())]
+        return rules.GENEVAL_COLORS[int((self.prototypes(found["class"]) @ self.clip.images([cut])[0]).argmax())]
+
+    @cache
+    def prototypes(self, name: str) -> torch.Tensor:
+        """(10, D) unit vectors of the colours of a class, each the mean of three texts."""
+        texts = [[f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object"]
+                 for c in rules.GENEVAL_COLORS]
+        return F.normalize(torch.stack([self.clip.texts(t).mean(0) for t in texts]), dim=-1)
 
 
 class Clip:
@@ -490,17 +493,15 @@ def geneval(data: Path, out: Path, draw, args, device) -> dict:
     draw([(f.name, p["prompt"], samples) for f, p, samples in zip(folders, prompts, files)])
     detector, results = Detector(args.detector, args.clip or "openai/clip-vit-large-patch14", names, device), []
     for folder, prompt, samples in zip(tqdm(folders, desc="detect"), prompts, files):
-        with atomic(folder / "metadata.jsonl") as temporary:
-            temporary.write_text(json.dumps(prompt) + "\n")
+        write_file(folder / "metadata.jsonl", json.dumps(prompt) + "\n")
         for file in samples:
             image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
             objects = rules.geneval_objects(detector.objects(image), prompt["tag"])
             for found in rules.geneval_colored(prompt, objects):
                 found["color"] = detector.color(image, found)
             results.append((prompt, file, rules.geneval_check(prompt, objects)))
-    with atomic(out / "results.jsonl") as temporary:
-        lines = [{"filename": str(f), "tag": p["tag"], "prompt": p["prompt"], **r} for p, f, r in results]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"filename": str(f), "tag": p["tag"], "prompt": p["prompt"], **r} for p, f, r in results]
+    write_file(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return rules.geneval_summary([(p, r["correct"]) for p, _, r in results])
 
 
@@ -509,9 +510,10 @@ def dpg(data: Path, out: Path, draw, args, device) -> dict:
 
     The official judge, mPLUG-large, has no transformers port; scores of another one do not compare with published ones.
     """
-    questions, grids = rules.read_dpg(data / "dpg_bench.csv"), {}
-    for item in dict.fromkeys(q.item for q in questions):
-        grids[item] = out / "images" / f"{item}.png"
+    questions, of_item = rules.read_dpg(data / "dpg_bench.csv"), {}
+    for q in questions:
+        of_item.setdefault(q.item, []).append(q)
+    grids = {item: out / "images" / f"{item}.png" for item in of_item}
     missing = [item for item, grid in grids.items() if not grid.exists()]
     crops = {item: [out / "crops" / item / f"{k}.png" for k in range(4)] for item in missing}
     draw([(i, read_text(data / "prompts" / f"{i}.txt").strip(), files) for i, files in crops.items()])
@@ -527,9 +529,8 @@ def dpg(data: Path, out: Path, draw, args, device) -> dict:
         grid = Image.open(file).convert("RGB")
         x, y = grid.size[0] // 2, grid.size[1] // 2
         four = [grid.crop((left, top, left + x, top + y)) for top in (0, y) for left in (0, x)]
-        answers[item] = [{q.number: judge.ask(c, q.question) for q in questions if q.item == item} for c in four]
-    with atomic(out / "answers.json") as temporary:
-        temporary.write_text(json.dumps(answers) + "\n")
+        answers[item] = [{q.number: judge.ask(c, q.question) for q in of_item[item]} for c in four]
+    write_file(out / "answers.json", json.dumps(answers) + "\n")
     scores = rules.dpg_scores(questions, answers)
     return {"judge": f"{args.vqa} (the official one is mPLUG-large)", "failed": scores["correct"]["failed"],
             **{name: {k: s[k] for k in ("dpg_score", "L1", "L2")} for name, s in scores.items()}}
@@ -579,15 +580,14 @@ GENERATION = {"geneval": geneval, "dpg": dpg, "clipscore": clip_scores, "fid": f
 def run_benchmark(args) -> None:
     """One official benchmark: official files in, prediction files and OUT/metrics.json out."""
     if not claim(args.out, vars(args), "metrics.json", args.overwrite):
-        metrics = parse_json(read_text(args.out / "metrics.json"), f"{args.out}/metrics.json")
+        metrics = read_object(args.out / "metrics.json")
         return print(flat_table(metrics.pop("benchmark"), metrics))
     model, vq = load_from(args)
     if args.benchmark in UNDERSTANDING:
         metrics = UNDERSTANDING[args.benchmark](args.data, args.out, asker(model, vq, args))
     else:
         metrics = GENERATION[args.benchmark](args.data, args.out, drawer(model, vq, args), args, model.device)
-    with atomic(args.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({"benchmark": args.benchmark, **metrics}, indent=1) + "\n")
+    write_file(args.out / "metrics.json", json.dumps({"benchmark": args.benchmark, **metrics}, indent=1) + "\n")
     shutil.rmtree(args.out / "parts", ignore_errors=True)
     print(flat_table(args.benchmark, metrics))
 
@@ -750,8 +750,7 @@ def report(args) -> None:
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<title>HermesFlow: {escape(args.report.name)}</title><style>{STYLE}</style>{"".join(parts)}</html>\n')
-    with atomic(args.report / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(args.report / "report.html", page)
     print(args.report / "report.html")
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import InputError, atomic, parse_json, parse_record, parse_value, read_text, reason
+from model import InputError, parse_json, parse_record, parse_value, read_text, reason, write_file
 
 # ------------------------------------------------------------------------------------------------------------- files
 
@@ -68,11 +68,6 @@ def get(record: dict, name: str, kind, where: str):
     check(isinstance(record, dict), where, f"expected an object, found {type(record).__name__}")
     check(name in record, where, f"field '{name}' is missing")
     return parse_value(kind, record[name], f"{where}: field '{name}'")
-
-
-def write(path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def percent(values) -> float:
@@ -129,7 +124,7 @@ def pope_mean(splits: dict[str, dict]) -> dict[str, float]:
 
 def write_pope(path, questions: list[PopeQuestion], answers: list[str]) -> None:
     """JSON lines for POPE's evaluate.py, which reads the field `answer` in the order of the questions."""
-    write(path, "".join(json.dumps({"question_id": q.question_id, "question": q.text, "answer": a}) + "\n"
+    write_file(path, "".join(json.dumps({"question_id": q.question_id, "question": q.text, "answer": a}) + "\n"
                         for q, a in zip(questions, answers, strict=True)))
 
 
@@ -200,7 +195,7 @@ def write_mme(folder, tasks: dict[str, list[MmeQuestion]], answers: dict[str, li
     for task, questions in tasks.items():
         rows = [(Path(q.image).name, q.question, q.label, re.sub(r"[\t\r\n]", " ", a))
                 for q, a in zip(questions, answers[task], strict=True)]
-        write(Path(folder) / f"{task}.txt", "".join("\t".join(row) + "\n" for row in rows))
+        write_file(Path(folder) / f"{task}.txt", "".join("\t".join(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------------------- VQAv2
@@ -297,7 +292,7 @@ def vqa_score(questions: list[VqaQuestion], answers: list[str]) -> dict[str, flo
 
 def write_vqa(path, questions: list[VqaQuestion], answers: list[str]) -> None:
     """Results JSON for the VQA evaluation server."""
-    write(path, json.dumps([{"question_id": q.question_id, "answer": a}
+    write_file(path, json.dumps([{"question_id": q.question_id, "answer": a}
                             for q, a in zip(questions, answers, strict=True)]))
 
 
@@ -333,7 +328,7 @@ def gqa_score(questions: list[GqaQuestion], answers: list[str]) -> float:
 
 def write_gqa(path, questions: list[GqaQuestion], answers: list[str]) -> None:
     """Predictions JSON for GQA's eval.py and evaluation server."""
-    write(path, json.dumps([{"questionId": q.id, "prediction": gqa_answer(a)}
+    write_file(path, json.dumps([{"questionId": q.id, "prediction": gqa_answer(a)}
                             for q, a in zip(questions, answers, strict=True)]))
 
 
@@ -469,7 +464,7 @@ def mmmu_score(questions: list[MmmuQuestion], predictions: list[str]) -> dict:
 
 def write_mmmu(path, questions: list[MmmuQuestion], predictions: list[str]) -> None:
     """{id: letter or text} for MMMU's main_eval_only.py and evaluation server."""
-    write(path, json.dumps({q.id: p for q, p in zip(questions, predictions, strict=True)}))
+    write_file(path, json.dumps({q.id: p for q, p in zip(questions, predictions, strict=True)}))
 
 
 # ---------------------------------------------------------------------------------------------- Flickr30k and CIDEr-D

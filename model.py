@@ -215,9 +215,7 @@ def read_jsonl(path, kind: type) -> list:
 
 
 def write_jsonl(path, records: list) -> None:
-    with atomic(path) as temporary:
-        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_file(path, "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records))
 
 
 def read_records(path, questions=None) -> list[Record]:
@@ -279,6 +277,12 @@ def atomic(path):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
+def write_file(path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
     """Prepare output folder `out` for a run with `settings`; False if the file `finished` shows it is complete.
 
@@ -298,8 +302,7 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
             if changed:
                 raise InputError(f"{out}: made with other settings ({'; '.join(changed)}); "
                                  "use --overwrite or another --out")
-        with atomic(out / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        write_file(known, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
     return not (out / finished).exists()
 
@@ -322,16 +325,16 @@ def map_records(function, records: list, out, batch: int, label: str) -> list[di
     with tqdm(total=len(todo), desc=label, disable=not state.is_main_process) as bar:
         for start in range(0, len(todo), batch):
             results = function(todo[start : start + batch])
-            with atomic(parts / f"{seed_of(results[0]['id']):016x}.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in results), encoding="utf-8")
+            part = parts / f"{seed_of(results[0]['id']):016x}.jsonl"
+            write_file(part, "".join(json.dumps(r) + "\n" for r in results))
             bar.update(len(results))
     state.wait_for_everyone()
     return [done[r.id] for r in records] if state.is_main_process and (done := finished()) else None
 
 
-def save_tensors(path, tensors: dict, **metadata) -> None:
+def save_tensors(path, tensors: dict) -> None:
     with atomic(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {k: str(v) for k, v in metadata.items()})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
 
 
 def load_tensors(path) -> dict:
@@ -691,6 +694,13 @@ class Showo(nn.Module):
 
     def logprobs(self, rows: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:
         return self(pack(rows, self.tokens.pad, self.device))[0]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: weight decay on matrices only, not on biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def random_mask(n: int, seed: int) -> list[bool]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from conftest import GOLDEN
 from model import (InputError, Magvit, MagvitConfig, Segment, Tokens, answer_segment, build, fill, image_segment, load,
                    load_image, phi_config, save)
+from toy import pretrain
 
 TEXT = "user assistant give a caption for this image big small red blue ring cross left of two three"
 VQ = MagvitConfig(32, 4, (1, 1), (1, 1), (1, 1), (1, 1))  # 2 px per token, 16 codes
@@ -36,13 +36,7 @@ def error(call, *args, **named) -> str:
 
 
 def word_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
-    """One token per word, as toy/make_tokenizer.py builds it."""
-    words = ["<|endoftext|>", "<|unk|>", *text.split()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
-                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+    return pretrain.word_tokenizer(text.split())
 
 
 def random_weights(module) -> dict:

@@ -26,7 +26,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (CAPTION_QUESTION, Magvit, MagvitConfig, Question, Segment, Showo, Tokens,  # noqa: E402
-                   answer_segment, image_segment, load_magvit, pack, random_mask, run, save, save_magvit,
+                   answer_segment, decay_groups, image_segment, load_magvit, pack, random_mask, run, save, save_magvit,
                    seed_of, to_pil, vqa_question)
 from toy import world  # noqa: E402
 
@@ -41,10 +41,10 @@ PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_atte
 # ---------------------------------------------------------------------------------------------------- text tokenizer
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """Lower-case words without punctuation; decoding joins them with spaces. Show-o's special tokens are not in it."""
-    words = ["<|endoftext|>", "<|unk|>", *world.vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    ids = {word: i for i, word in enumerate(["<|endoftext|>", "<|unk|>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
@@ -153,10 +153,7 @@ def reading_row(tokens, caption: str, codes: list[int], rng) -> list[Segment]:
 def train_base(model: Showo, vq: Magvit, args) -> None:
     """AdamW with cosine decay; 64 images to draw and 16 to read per step."""
     captions, rng = world.captions("train"), np.random.default_rng(args.seed)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-                                  lr=2e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.98))
     floor = 0.03
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 150) * (
         floor + (1 - floor) * (1 + math.cos(math.pi * s / args.steps)) / 2))
@@ -200,7 +197,7 @@ def main():
     vq = load_magvit(folder)
     print("object cells right {:.4f}, all cells right {:.4f}, codes as assigned {:.4f}".format(*reconstruction(vq)))
     torch.manual_seed(args.seed)
-    model = new_model(word_tokenizer())
+    model = new_model(word_tokenizer(world.vocabulary()))
     train_base(model, vq, args)
     save(model, vq, args.out / "base")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters: {args.out / 'base'}")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from model import (CAPTION_QUESTION, Ask, Record, Sample, add_model_arguments, claim, draw_images,
-                   load_from, load_image, map_records, read_records, run, save_picture, save_tensors, seed_of, sheet, to_pil,
-                   write_jsonl, write_text)
+from model import (CAPTION_QUESTION, Ask, Record, Sample, add_drawing_arguments, add_model_arguments, claim,
+                   draw_images, drawing, load_from, load_image, map_records, read_records, run, save_picture,
+                   save_tensors, seed_of, sheet, to_pil, write_jsonl, write_text)
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
 RELEASED_SETTINGS = ["1:1.0"] + [f"{k}:{t}" for k in (2, 3, 4) for t in (0.1, 0.7, 2.0)]
@@ -53,7 +53,7 @@ def sample_images(model, records: list[Record], args) -> torch.Tensor:
     K = args.images
     texts = [r.drawing_text for r in records for _ in range(K)]
     seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in range(K)]
-    codes = draw_images(model, texts, seeds, args.steps, args.guidance, args.temperature, args.anneal == "compound")
+    codes = draw_images(model, texts, seeds, drawing(args))
     return codes.view(len(records), K, -1)
 
 
@@ -122,10 +122,7 @@ def parse_args():
                         help="top-k:temperature, in turn; top-k 1 is greedy, 0 the whole vocabulary [the ten released]")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--images", type=int, default=16, help="images per caption")
-    parser.add_argument("--steps", type=int, default=50, help="decoding steps per image")
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the confidence noise")
-    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="original, MaskGIT's")
+    add_drawing_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--round", type=int, default=1, help="self-play round: enters all seeds")
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")
@@ -133,8 +130,8 @@ def parse_args():
     args = parser.parse_args()
     if not (args.records or args.prompt is not None or args.image):
         parser.error("one of --records, --prompt, --image is needed")
-    if min(args.captions, args.images, args.steps, args.batch, args.max_new_tokens) < 1:
-        parser.error("--captions, --images, --steps, --batch and --max-new-tokens must be at least 1")
+    if min(args.captions, args.images, args.batch, args.max_new_tokens) < 1:
+        parser.error("--captions, --images, --batch and --max-new-tokens must be at least 1")
     return args
 
 

@@ -46,10 +46,10 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
                           Mask2FormerForUniversalSegmentation)
 
 import benchmarks as rules
-from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_model_arguments, claim, draw_images,
-                   fill, load_from, load_image, map_records, parse_json, parse_record, read_bin, read_jsonl, read_object,
-                   read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_file, write_jsonl,
-                   write_text)
+from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_drawing_arguments, add_model_arguments,
+                   claim, draw_images, drawing, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin,
+                   read_jsonl, read_object, read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_file,
+                   write_jsonl, write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
 
@@ -219,8 +219,7 @@ def evaluate_checkpoint(args) -> None:
         captions = write_text(model, real, [Ask(i, model.tokens.ask(CAPTION_QUESTION)) for i in range(len(chunk))])
         answers = scoring.answer_questions(model, real, [r.questions for r in chunk], args.max_new_tokens)
         seeds = [seed_of(args.seed, "eval", r.id) for r in chunk]
-        codes = draw_images(model, [r.drawing_text for r in chunk], seeds, args.steps, args.guidance, args.temperature,
-                            args.anneal == "compound")
+        codes = draw_images(model, [r.drawing_text for r in chunk], seeds, drawing(args))
         results = []
         for r, ids, said, drawn, picture in zip(chunk, captions, answers, codes.tolist(), to_pil(vq.decode(codes))):
             caption, judged = model.tokens.decode(ids), judge.answer(picture, r.questions)
@@ -405,7 +404,7 @@ def drawer(model, vq, args):
         files = [json.loads(j.image) for j in jobs]
         texts = [j.text for j, f in zip(jobs, files) for _ in f]
         seeds = [seed_of(args.seed, args.benchmark, j.id, k) for j, f in zip(jobs, files) for k in range(len(f))]
-        codes = draw_images(model, texts, seeds, args.steps, args.guidance, args.temperature, args.anneal == "compound")
+        codes = draw_images(model, texts, seeds, drawing(args))
         for file, picture in zip([name for f in files for name in f], to_pil(vq.decode(codes))):
             if not Path(file).exists():
                 save_picture(picture, file)
@@ -779,10 +778,7 @@ def parse_args():
     parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder: its [CLS] vectors")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
     parser.add_argument("--n", type=int, help="only the first N records")
-    parser.add_argument("--steps", type=int, default=50, help="decoding steps per image")
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the confidence noise")
-    parser.add_argument("--anneal", choices=["compound", "maskgit"], default="compound", help="original, MaskGIT's")
+    add_drawing_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=20, help="per answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")

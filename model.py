@@ -19,6 +19,7 @@ import typing
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, PhiConfig, PhiForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -596,9 +598,37 @@ def vqa_question(question: Question) -> str:
 # ------------------------------------------------------------------------- the backbone and its log-probabilities
 
 
-def attention(module, query, key, value, mask, is_causal=False, **kwargs):
-    """transformers' SDPA, with "everything is visible" as the default when there is no mask."""
-    return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **kwargs)
+class Layout(NamedTuple):
+    """How packed rows attend: a prefix of width P, behind it S branches of equal width n that do not see one another."""
+
+    prefix: int
+    branches: int
+    causal: bool  # whether the prefix is text
+    mask: torch.Tensor | None  # (B·S, 1, 1 or n, P+n), True where a branch may look at prefix and itself; None: all
+
+
+def attention(module, query, key, value, mask, is_causal=False, layout=None, images=None, **kwargs):
+    """transformers' SDPA; "everything is visible" without a mask, packed rows with a layout, texts behind shared images.
+
+    Packed rows need no (T, T) mask: the prefix attends to itself, each branch to the prefix and itself.
+    """
+    if images is not None:
+        return images.attend(module.layer_idx, query, key, value, mask, kwargs["scaling"]), None
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **kwargs)
+    P, S = layout.prefix, layout.branches
+
+    def branches(x):  # (B, H, P+S*n, d) -> (B*S, H, n, d)
+        return x[:, :, P:].unflatten(2, (S, -1)).transpose(1, 2).flatten(0, 1)
+
+    def with_prefix(x):  # (B, H, P+S*n, d) -> (B*S, H, P+n, d)
+        return torch.cat([x[:, :, :P].repeat_interleave(S, 0), branches(x)], 2)
+
+    first, _ = sdpa_attention_forward(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None,
+                                      is_causal=layout.causal, **kwargs)  # (B, P, H, d)
+    rest, _ = sdpa_attention_forward(module, branches(query), with_prefix(key), with_prefix(value), layout.mask,
+                                     is_causal=False, **kwargs)  # (B*S, n, H, d)
+    return torch.cat([first, rest.unflatten(0, (-1, S)).flatten(1, 2)], 1), None
 
 
 AttentionInterface.register("showo", attention)
@@ -627,29 +657,33 @@ def image_segment(tokens: Tokens, codes: list[int], masked: list[bool]) -> Segme
 
 
 def pack(rows: list[list[Segment]], pad: int, device=None) -> dict:
-    """Rows of segments as tensors. The first segment of a row is the prefix that all others see; the others do not
-    see one another, so a row is worth as many separate sequences as it has branches, at the price of one prefix.
+    """Rows of segments as tensors. The first segment of a row is the prefix that all others see; the others, its
+    branches, do not see one another, so a row is worth as many separate sequences, at the price of one prefix.
 
-    Returns ids, targets, positions and segments, all (B, T), and attend, (B, 1, T, T), True where the row may look.
+    All rows have equally many branches; prefixes are all text or all image, branches, too. Each is padded on the right.
+    Returns ids, targets, positions and segments, all (B, T) with T = P + S·n, and the layout.
     """
-    T = max(sum(len(s.ids) for s in row) for row in rows)
-    filled = np.zeros((5, len(rows), T), dtype=np.int64)  # ids, targets, positions, segment number, bidirectional
+    prefixes, branches = [row[0] for row in rows], [segment for row in rows for segment in row[1:]]
+    S = len(rows[0]) - 1
+    P, n = (max(len(s.ids) for s in part) for part in (prefixes, branches))
+    causal, within = ({not s.bidirectional for s in part} for part in (prefixes, branches))
+    uneven = causal == {False} and len({len(s.ids) for s in prefixes}) > 1
+    if len(causal) + len(within) > 2 or uneven or any(len(row) != S + 1 for row in rows):
+        raise ValueError("rows of one pack must be of one kind")
+    filled = np.zeros((4, len(rows), P + S * n), dtype=np.int64)  # ids, targets, positions, segment number
     filled[0], filled[1], filled[3] = pad, IGNORE, -1
     for b, row in enumerate(rows):
-        start, prefix = 0, len(row[0].ids)
         for s, segment in enumerate(row):
-            n = len(segment.ids)
-            at = (slice(None), b, slice(start, start + n))
-            positions = np.arange(n) + (prefix if s else 0)
-            filled[at] = np.stack([segment.ids, segment.targets or [IGNORE] * n, positions,
-                                   np.full(n, s), np.full(n, segment.bidirectional)])
-            start += n
-    ids, targets, positions, segments, bidirectional = torch.from_numpy(filled).to(device)
-    order = torch.arange(T, device=ids.device)
-    same = segments[:, :, None] == segments[:, None, :]  # (B, T, T): query, key
-    visible = same | (segments[:, None, :] == 0)
-    attend = visible & ((order[:, None] >= order) | (same & bidirectional[:, None, :].bool()))
-    return dict(ids=ids, targets=targets, positions=positions, segments=segments, attend=attend[:, None])
+            width, start = len(segment.ids), P + (s - 1) * n if s else 0
+            positions = np.arange(width) + (len(row[0].ids) if s else 0)
+            filled[:, b, start : start + width] = np.stack([segment.ids, segment.targets or [IGNORE] * width, positions,
+                                                            np.full(width, s)])
+    ids, targets, positions, segments = torch.from_numpy(filled).to(device)
+    real = torch.cat([(segments[:, :P] == 0).repeat_interleave(S, 0), segments[:, P:].reshape(-1, n) > 0], 1)
+    mask = None if real.all() else real[:, None, None]  # (B*S, 1, 1, P+n)
+    if within == {True}:
+        mask = real[:, None, None] & torch.ones(n, P + n, dtype=torch.bool, device=ids.device).tril(P)
+    return dict(ids=ids, targets=targets, positions=positions, segments=segments, layout=Layout(P, S, True in causal, mask))
 
 
 class Showo(nn.Module):
@@ -666,31 +700,49 @@ class Showo(nn.Module):
         phi.pad_token_id = None  # padding is masked; no embedding row is special
         self.config, self.tokens = config, tokens
         self.showo = PhiForCausalLM(phi)
+        if phi.hidden_act == "gelu_new":  # the same function in one kernel, which also keeps one tensor instead of six
+            for layer in self.showo.model.layers:
+                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
 
     @property
     def device(self):
         return self.showo.lm_head.weight.device
 
-    def hidden(self, ids, positions, cache=None, mask=None, is_causal=False) -> torch.Tensor:
-        """(B, T) token ids -> (B, T, D). mask None: causal, or everything visible."""
+    def hidden(self, ids, positions, cache=None, mask=None, **how) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, D). mask None: everything is visible, unless `how` says is_causal or layout."""
         return self.showo.model(input_ids=ids, position_ids=positions, past_key_values=cache, attention_mask=mask,
-                                use_cache=cache is not None, is_causal=is_causal).last_hidden_state
+                                use_cache=cache is not None, **how).last_hidden_state
 
     def forward(self, *packs: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Log-probabilities of packed rows: per pack, sums and label counts per segment, both (B, S) float32."""
+        """Log-probabilities of packed rows: per pack, sums and label counts per segment, both (B, S+1) float32."""
         return [self.segment_logprobs(**p) for p in packs]
 
-    def segment_logprobs(self, ids, targets, positions, segments, attend) -> tuple[torch.Tensor, torch.Tensor]:
+    def segment_logprobs(self, ids, targets, positions, segments, layout) -> tuple[torch.Tensor, torch.Tensor]:
         """log softmax over the whole vocabulary, as in training; the head runs only where there is a label."""
-        hidden = self.hidden(ids, positions, mask=attend)
+        hidden = self.hidden(ids, positions, layout=layout)
         labelled = targets != IGNORE
-        logits = self.showo.lm_head(hidden[labelled]).float()  # (M, V), M labels
-        logprobs = logits.log_softmax(-1).gather(1, targets[labelled][:, None])[:, 0]
-        B, S = len(ids), int(segments.max()) + 1
+        logprobs = self.label_logprobs(hidden[labelled], targets[labelled])  # (M,), M labels
+        B, S = len(ids), layout.branches + 1
         slot = (torch.arange(B, device=ids.device)[:, None] * S + segments)[labelled]  # (M,)
         sums = torch.zeros(B * S, device=ids.device).index_add(0, slot, logprobs)
         counts = torch.zeros(B * S, device=ids.device).index_add(0, slot, torch.ones_like(logprobs))
         return sums.view(B, S), counts.view(B, S)
+
+    def label_logprobs(self, hidden, labels, at_once: int = 512) -> torch.Tensor:
+        """(M, D), (M,) -> (M,) log-probs. (at_once, V) logits exist at a time: backward computes them again."""
+        def some(hidden, labels):
+            return -F.cross_entropy(self.showo.lm_head(hidden).float(), labels, reduction="none")
+
+        if len(labels) <= at_once:
+            return some(hidden, labels)
+        return torch.cat([checkpoint(some, *part, use_reentrant=False)
+                          for part in zip(hidden.split(at_once), labels.split(at_once))])
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, D) -> (…, C) float32 logits of the image codes alone."""
+        first, head = self.tokens.first_code, self.showo.lm_head
+        rows = slice(first, first + self.tokens.codes)
+        return F.linear(hidden, head.weight[rows], head.bias[rows]).float()
 
     def logprobs(self, rows: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:
         return self(pack(rows, self.tokens.pad, self.device))[0]
@@ -736,11 +788,6 @@ def mask_least_confident(probs, gumbel, count, temperature: float) -> torch.Tens
     return confidence < cut
 
 
-def guided(cond, uncond, guidance: float):
-    """Classifier-free guidance on logits."""
-    return cond if uncond is None else (1 + guidance) * cond - guidance * uncond
-
-
 class TextPrefix:
     """Keys and values of text prompts, computed once; the image block is then run against them step after step.
 
@@ -750,62 +797,85 @@ class TextPrefix:
 
     def __init__(self, model: Showo, prompts: list[list[int]]):
         unique = sorted(set(map(tuple, prompts)))
-        row = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
         ids = torch.tensor(unique, device=model.device)
-        self.model, self.length = model, ids.shape[1]
-        self.cache = DynamicCache()
+        self.row = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)  # (B,)
+        self.model, self.length, self.unique, self.cache = model, ids.shape[1], len(unique), DynamicCache()
         model.hidden(ids, torch.arange(self.length, device=model.device)[None], self.cache, is_causal=True)
-        self.cache.batch_select_indices(row)
         block = model.tokens.image_tokens + 2
         self.positions = torch.arange(self.length, self.length + block, device=model.device)[None]
+        self.one_per_prompt = True
 
-    def logits(self, block: torch.Tensor) -> torch.Tensor:
-        """(B, N+2) image block -> (B, N, C) logits of image codes at the image slots."""
-        hidden = self.model.hidden(block, self.positions, self.cache)
+    def hidden(self, block: torch.Tensor, alike: bool) -> torch.Tensor:
+        """(B, N+2) image block -> (B, N, D) at the image slots. Where all blocks are alike, as they are in the first
+        step, one per prompt is enough."""
+        if self.one_per_prompt and not alike:
+            self.cache.batch_select_indices(self.row)
+            self.one_per_prompt = False
+        hidden = self.model.hidden(block[: self.unique] if alike else block, self.positions, self.cache)[:, 1:-1]
         self.cache.crop(-block.shape[1])  # forget the image block again
-        first, codes, head = self.model.tokens.first_code, self.model.tokens.codes, self.model.showo.lm_head
-        return F.linear(hidden[:, 1:-1], head.weight[first : first + codes], head.bias[first : first + codes]).float()
+        return hidden[self.row] if alike else hidden
+
+
+@dataclass
+class Drawing:
+    """How images are decoded; the defaults are the paper's. The last two are approximations, off by default."""
+
+    steps: int = 50
+    guidance: float = 5.0  # classifier-free: (1 + g)·cond − g·uncond
+    temperature: float = 1.0  # of the confidence noise
+    anneal: str = "compound"  # the original: times 1 − (step+1)/steps at every step; "maskgit": that, times the start
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guidance in this part of the steps only
+    guidance_every: int = 1  # the unconditional half in every so many steps only; in between, its last difference
+
+
+DRAW_AT_ONCE = 8192  # image tokens in one forward pass: fills a GPU, and bounds the memory of logits
 
 
 @torch.inference_mode()
-def draw_images(model: Showo, texts: list[str], seeds: list[int] | None, steps: int, guidance: float,
-                temperature: float = 1.0, compound: bool = True) -> torch.Tensor:
+def draw_images(model: Showo, texts: list[str], seeds: list[int] | None, how: Drawing) -> torch.Tensor:
     """MaskGIT decoding: one image per text, (B, N) codes. Texts may repeat; prompts of one length run together.
 
     seeds: one per image, or None for greedy decoding (argmax, no Gumbel noise).
-    compound: the original's schedule, where the temperature is multiplied by 1 − (step+1)/steps at every step;
-    otherwise MaskGIT's temperature·(1 − (step+1)/steps).
     """
-    prompts = [model.tokens.draw(text) for text in texts]
-    codes = torch.empty(len(texts), model.tokens.image_tokens, dtype=torch.long, device=model.device)
+    prompts, N = [model.tokens.draw(text) for text in texts], model.tokens.image_tokens
+    codes = torch.empty(len(texts), N, dtype=torch.long, device=model.device)
     for length in sorted(set(map(len, prompts))):
-        rows = [i for i, p in enumerate(prompts) if len(p) == length]
-        cond = TextPrefix(model, [prompts[i] for i in rows])
-        uncond = TextPrefix(model, [model.tokens.draw("")] * len(rows)) if guidance else None
-        noise = seeds and torch.stack([uniforms(seeds[i], steps, 2, codes.shape[1]) for i in rows]).to(model.device)
-        codes[rows] = unmask(model.tokens, cond, uncond, noise, len(rows), steps, guidance, temperature, compound)
+        alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
+        for rows in alike.split(max(1, DRAW_AT_ONCE // N)):
+            noise = seeds and torch.stack([uniforms(seeds[i], how.steps, 2, N) for i in rows]).to(model.device)
+            codes[rows] = unmask(model, [prompts[i] for i in rows], noise, how)
     return codes
 
 
-def unmask(tokens: Tokens, cond, uncond, noise, B, steps, guidance, temperature, compound):
-    """The decoding loop of one batch of equal-length prompts; noise (B, steps, 2, N) or None. Returns (B, N) codes."""
-    N, device = tokens.image_tokens, cond.positions.device
-    block = torch.tensor(tokens.image([-1] * N), device=device).repeat(B, 1)  # (B, N+2)
-    start = temperature
-    for step in range(steps):
-        logits = guided(cond.logits(block), uncond and uncond.logits(block), guidance)  # (B, N, C)
-        probs = logits.softmax(-1)
-        sampled = logits.argmax(-1) if noise is None else pick(probs, noise[:, step, 0])
+def unmask(model: Showo, prompts: list[list[int]], noise, how: Drawing) -> torch.Tensor:
+    """The decoding loop of one batch of equal-length prompts; noise (B, steps, 2, N) or None. Returns (B, N) codes.
+
+    Guidance is applied to hidden states: the head is linear, so this is guidance on logits, with one head instead of two.
+    """
+    tokens, N, B = model.tokens, model.tokens.image_tokens, len(prompts)
+    cond = TextPrefix(model, prompts)
+    uncond = TextPrefix(model, [tokens.draw("")] * B) if how.guidance else None
+    block = torch.tensor(tokens.image([-1] * N), device=model.device).repeat(B, 1)  # (B, N+2)
+    temperature, offset = how.temperature, None
+    for step in range(how.steps):
+        hidden = cond.hidden(block, step == 0)  # (B, N, D)
+        if uncond and how.guidance_interval[0] <= step / how.steps < how.guidance_interval[1]:
+            if offset is None or step % how.guidance_every == 0:
+                offset = hidden - uncond.hidden(block, step == 0)
+            hidden = hidden + how.guidance * offset
         slots = block[:, 1:-1]
-        unknown = slots == tokens.mask
-        sampled = torch.where(unknown, sampled, slots - tokens.first_code)
-        if step == steps - 1:
+        unknown = slots == tokens.mask  # (B, N), M of them
+        probs = model.code_logits(hidden[unknown]).softmax(-1)  # (M, C)
+        chosen = probs.argmax(-1) if noise is None else pick(probs, noise[:, step, 0][unknown])
+        sampled = (slots - tokens.first_code).masked_scatter(unknown, chosen)
+        if step == how.steps - 1:
             return sampled
-        ratio = (step + 1) / steps
-        temperature = temperature * (1 - ratio) if compound else start * (1 - ratio)
-        confidence = probs.gather(2, sampled[..., None])[..., 0].masked_fill(~unknown, torch.inf)  # keep what is known
+        ratio = (step + 1) / how.steps
+        temperature = (temperature if how.anneal == "compound" else how.temperature) * (1 - ratio)
+        confidence = torch.full(unknown.shape, torch.inf, device=block.device)  # keep what is known
+        confidence[unknown] = probs.gather(1, chosen[:, None])[:, 0]
         gumbel = torch.zeros_like(confidence) if noise is None else -(-noise[:, step, 1].log()).log()
-        count = (unknown.sum(1, keepdim=True) - 1).clamp(max=slots_to_mask(step, steps, N)).clamp(min=1)
+        count = (unknown.sum(1, keepdim=True) - 1).clamp(max=slots_to_mask(step, how.steps, N)).clamp(min=1)
         again = mask_least_confident(confidence, gumbel, count, temperature)
         block[:, 1:-1] = torch.where(again, tokens.mask, tokens.first_code + sampled)
 
@@ -824,28 +894,62 @@ class Ask:
     seed: int = 0
 
 
+class Images:
+    """Keys and values of images, computed once. Any number of texts look at each of them, and none gets a copy."""
+
+    def __init__(self, model: Showo, codes: torch.Tensor, image: torch.Tensor):
+        """codes (I, N); image (R,): the one that each row of text looks at."""
+        ids = torch.tensor([model.tokens.look(c) for c in codes.tolist()], device=model.device)
+        self.cache, self.width = DynamicCache(), ids.shape[1]
+        model.hidden(ids, torch.arange(self.width, device=model.device)[None], self.cache)  # an image sees itself whole
+        self.choose(image)
+
+    def choose(self, image: torch.Tensor) -> None:
+        """Which image each row looks at, and the row's number among those of its image."""
+        self.image, self.rank = image, (image[:, None] == image).tril(-1).sum(1)
+        self.most = int(self.rank.max()) + 1
+
+    def attend(self, layer: int, query, key, value, mask, scaling: float) -> torch.Tensor:
+        """Attention to image and own text. query (R, H, Q, d), key and value (R, H, L, d), mask (R, 1, Q, L)."""
+        far_key, far_value = self.cache.layers[layer].keys, self.cache.layers[layer].values  # (I, H, P, d)
+        far = self.by_row(self.by_image(query) @ far_key.mT, query.shape[2])  # (R, H, Q, P)
+        near = (query @ key.mT).masked_fill(~mask, -torch.inf)  # (R, H, Q, L)
+        weights = (torch.cat([far, near], -1).float() * scaling).softmax(-1).to(value.dtype)
+        far, near = weights.split([self.width, key.shape[2]], -1)
+        out = self.by_row(self.by_image(far) @ far_value, query.shape[2]) + near @ value  # (R, H, Q, d)
+        return out.transpose(1, 2)
+
+    def by_image(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, H, Q, d) -> (I, H, S·Q, d): all rows of an image side by side, S of the image with the most."""
+        out = x.new_zeros(len(self.cache.layers[0].keys), self.most, *x.shape[1:])
+        out[self.image, self.rank] = x
+        return out.transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x: torch.Tensor, Q: int) -> torch.Tensor:
+        """(I, H, S·Q, d) -> (R, H, Q, d)."""
+        return x.unflatten(2, (-1, Q)).transpose(1, 2)[self.image, self.rank]
+
+
 @torch.inference_mode()
 def write_text(model: Showo, codes: torch.Tensor, asks: list[Ask], max_new_tokens: int = 100) -> list[list[int]]:
     """Answers as token ids without the final `<|eot|>`.
 
-    codes (B, N): the images. Each image is prefilled once and shared by all its samples and questions; rows that have
+    codes (I, N): the images. Each image is prefilled once and shared by all its samples and questions; rows that have
     ended leave the batch.
     """
     tokens, device = model.tokens, model.device
-    prefix = torch.tensor([tokens.look(c) for c in codes.tolist()], device=device)  # (B, N+3)
-    P, R, Q = prefix.shape[1], len(asks), max(len(a.prompt) for a in asks)
-    cache = DynamicCache()
-    model.hidden(prefix, torch.arange(P, device=device)[None], cache)  # the image sees itself whole
-    cache.batch_select_indices(torch.tensor([a.image for a in asks], device=device))
+    R, Q = len(asks), max(len(a.prompt) for a in asks)
+    images = Images(model, codes, torch.tensor([a.image for a in asks], device=device))
 
-    # Questions are padded on the left, between image and question; nobody sees the padding.
+    # Questions are padded on the left; nobody sees the padding.
     gap = torch.tensor([Q - len(a.prompt) for a in asks], device=device)  # (R,)
     ids = torch.tensor([[tokens.pad] * (Q - len(a.prompt)) + a.prompt for a in asks], device=device)
-    column = torch.arange(P + Q + max_new_tokens, device=device)
-    visible = (column < P) | (column >= P + gap[:, None])  # (R, P+Q+max_new)
-    square = visible[:, None, : P + Q] & (column[: P + Q] <= column[P : P + Q, None])  # (R, Q, P+Q)
-    square[:, :, P:] |= torch.eye(Q, dtype=torch.bool, device=device)  # padding sees itself: softmax of nothing is NaN
-    hidden = model.hidden(ids, (column[P : P + Q] - gap[:, None]).clamp(min=0), cache, square[:, None])
+    column = torch.arange(Q + max_new_tokens, device=device)
+    visible = column >= gap[:, None]  # (R, Q+max_new)
+    square = visible[:, None, :Q] & (column[:Q] <= column[:Q, None])  # (R, Q, Q)
+    positions = images.width + (column - gap[:, None]).clamp(min=0)  # (R, Q+max_new)
+    cache = DynamicCache()
+    hidden = model.hidden(ids, positions[:, :Q], cache, square[:, None], images=images)
 
     draws = torch.stack([uniforms(a.seed, max_new_tokens) for a in asks]).to(device)
     top_k = torch.tensor([a.top_k for a in asks], device=device)
@@ -863,8 +967,10 @@ def write_text(model: Showo, codes: torch.Tensor, asks: list[Ask], max_new_token
         if not going.all():
             alive, new = alive[going], new[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
-        end = P + Q + step + 1
-        hidden = model.hidden(new[:, None], (end - 1 - gap[alive])[:, None], cache, visible[alive, None, None, :end])
+            images.choose(images.image[going])
+        end = Q + step + 1
+        hidden = model.hidden(new[:, None], positions[alive, end - 1 : end], cache, visible[alive, None, None, :end],
+                              images=images)
     return answers
 
 
@@ -1070,3 +1176,21 @@ def add_model_arguments(parser) -> None:
 def load_from(args) -> tuple[Showo, Magvit]:
     device = args.device or PartialState().device  # one per process under accelerate launch
     return load(args.model, args.image_tokenizer, args.text_tokenizer, device, getattr(torch, args.dtype))
+
+
+def add_drawing_arguments(parser) -> None:
+    default = Drawing()
+    parser.add_argument("--steps", type=int, default=default.steps, help="decoding steps per image")
+    parser.add_argument("--guidance", type=float, default=default.guidance)
+    parser.add_argument("--temperature", type=float, default=default.temperature, help="of the confidence noise")
+    parser.add_argument("--anneal", choices=["compound", "maskgit"], default=default.anneal, help="original, MaskGIT's")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=default.guidance_interval, metavar="SHARE",
+                        help="approximation: guidance only from this to that share of the steps")
+    parser.add_argument("--guidance-every", type=int, default=default.guidance_every, metavar="STEPS",
+                        help="approximation: the unconditional half only in every so many steps")
+
+
+def drawing(args) -> Drawing:
+    if args.steps < 1 or args.guidance_every < 1:
+        raise InputError("--steps and --guidance-every must be at least 1")
+    return Drawing(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Drawing)})

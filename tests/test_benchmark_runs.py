@@ -17,7 +17,7 @@ from transformers import (BlipForQuestionAnswering, BlipProcessor, CLIPConfig, C
 
 import benchmarks as rules
 from conftest import stage
-from model import (Ask, InputError, Pair, Question, draw_images, load, load_image, save, seed_of, to_pil, write_jsonl,
+from model import (Ask, Drawing, InputError, Pair, Question, draw_images, load, load_image, save, seed_of, to_pil, write_jsonl,
                    write_text)
 from test_judges import save_blip
 from test_stages import main
@@ -446,7 +446,7 @@ def geneval_data(folder, sure: str) -> list[dict]:
 def drawn(base, name: str, id: str, text: str, count: int) -> list[Image.Image]:
     """The pictures that the checkpoint should draw."""
     model, vq = load(base)
-    codes = draw_images(model, [text] * count, [seed_of(0, name, id, k) for k in range(count)], 3, 1.5)
+    codes = draw_images(model, [text] * count, [seed_of(0, name, id, k) for k in range(count)], Drawing(3, 1.5))
     with torch.inference_mode():
         return to_pil(vq.decode(codes))
 

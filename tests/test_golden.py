@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PhiConfig
 
 from conftest import GOLDEN, stage
-from model import (Ask, Magvit, MagvitConfig, Segment, Showo, TextPrefix, answer_segment, build, draw_images,
+import plain
+from model import (Ask, Drawing, Magvit, MagvitConfig, Segment, Showo, TextPrefix, answer_segment, build, draw_images,
                    fill, image_segment, load_image, mask_least_confident, pack, slots_to_mask, write_text)
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
@@ -98,7 +99,7 @@ def test_drawing_attention(policy):
     pad = policy.tokens.pad
     rows = torch.cat([G["t2i_gen.input_ids"], G["t2i_gen.uncond_input_ids"]])
     for ids, theirs in zip(rows, G["t2i_gen.attend"]):
-        ours = pack([drawing_row(policy.tokens, ids)], pad)["attend"][0, 0]
+        ours = plain.dense(pack([drawing_row(policy.tokens, ids)], pad))
         keep = ids != pad
         assert torch.equal(ours, theirs[keep][:, keep])
         assert not theirs[keep][:, ~keep].any()  # nobody sees padding, so leaving it out changes nothing
@@ -108,7 +109,7 @@ def test_captioning_attention(policy):
     image = policy.tokens.image_tokens + 3
     for ids, theirs in zip(G["mmu_gen.input_ids"].tolist(), G["mmu_gen.attend"]):
         row = [Segment(ids[:image], bidirectional=True), Segment(ids[image:])]
-        assert torch.equal(pack([row], policy.tokens.pad)["attend"][0, 0], theirs)
+        assert torch.equal(plain.dense(pack([row], policy.tokens.pad)), theirs)
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def test_drawing_logits_full_forward(policy):
     rows = torch.cat([G["t2i_gen.input_ids"], G["t2i_gen.uncond_input_ids"]])
     for i, ids in enumerate(rows):
         p = pack([drawing_row(policy.tokens, ids)], policy.tokens.pad)
-        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], mask=p["attend"]))[0, -17:-1]
+        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], layout=p["layout"]))[0, -17:-1]
         first = policy.tokens.first_code
         close(logits[:, first : first + 256], G["t2i_gen.image_logits_masked_all"][i])
         if i == 0:
@@ -129,8 +130,8 @@ def test_drawing_logits_cached_prefix(policy):
     for i, text in enumerate([*J["captions"], ""]):
         prefix = TextPrefix(policy, [policy.tokens.draw(text)])
         block = torch.tensor([policy.tokens.image([-1] * policy.tokens.image_tokens)])
-        for _ in range(2):  # the second call finds the cache as the first one did
-            close(prefix.logits(block)[0, :, :256], G["t2i_gen.image_logits_masked_all"][i])
+        for alike in (True, False):  # the second call finds the cache as the first one did
+            close(policy.code_logits(prefix.hidden(block, alike))[0, :, :256], G["t2i_gen.image_logits_masked_all"][i])
 
 
 @torch.no_grad()
@@ -138,7 +139,7 @@ def test_captioning_logits(policy):
     image = policy.tokens.image_tokens + 3
     for i, ids in enumerate(G["mmu_gen.input_ids"].tolist()):
         p = pack([[Segment(ids[:image], bidirectional=True), Segment(ids[image:])]], policy.tokens.pad)
-        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], mask=p["attend"]))
+        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], layout=p["layout"]))
         close(logits[0, -1], G["mmu_gen.last_logits"][i])
 
 
@@ -151,7 +152,7 @@ RECORDED = [(float(k.split(".")[2].removeprefix("guidance")), int(k.split(".")[3
 @pytest.mark.parametrize("guidance, steps", RECORDED)
 def test_greedy_drawing(policy, guidance, steps):
     theirs = G[f"t2i_gen.greedy_tokens.guidance{guidance:g}.steps{steps}"]
-    ours = draw_images(policy, J["captions"], None, steps, guidance)
+    ours = draw_images(policy, J["captions"], None, Drawing(steps, guidance))
     assert torch.equal(ours, theirs)
 
 

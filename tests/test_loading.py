@@ -71,7 +71,7 @@ def behaviour(model, vq) -> list[torch.Tensor]:
             answer_segment(tokens.ask("what is this?"), tokens.encode("a big red ring") + [tokens.eot])]
     draw = [Segment(tokens.draw("two small blue ring")), image_segment(tokens, [1, 2, 3, 4], [True, False, True, True])]
     pixels = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
-    return [model.logprobs([look, draw])[0], vq.encode(pixels), vq.decode(torch.tensor([[0, 5, 10, 15]]))]
+    return [model.logprobs([look])[0], model.logprobs([draw])[0], vq.encode(pixels), vq.decode(torch.tensor([[0, 5, 10, 15]]))]
 
 
 def assert_same(loaded, original):

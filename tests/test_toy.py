@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from model import CAPTION_QUESTION, Ask, draw_images, load, to_pil, write_text
+from model import CAPTION_QUESTION, Ask, Drawing, draw_images, load, to_pil, write_text
 from toy import pretrain, world
 
 
@@ -94,7 +94,7 @@ def test_base_understands_better_than_it_draws(base):
     with torch.inference_mode():
         codes = vq.encode(pretrain.render([world.scene(c, rng) for c in captions]))
         written = write_text(model, codes, [Ask(i, model.tokens.ask(CAPTION_QUESTION)) for i in range(120)], 20)
-        drawn = to_pil(vq.decode(draw_images(model, captions, list(range(120)), 10, 0.0)))
+        drawn = to_pil(vq.decode(draw_images(model, captions, list(range(120)), Drawing(10, 0.0))))
     read = np.mean([model.tokens.decode(w) == c for w, c in zip(written, captions)])
     drew = np.mean([world.judge(d, c)["correct"] for d, c in zip(drawn, captions)])
     assert read > 0.85 and 0.03 < drew < 0.35

@@ -618,17 +618,16 @@ def attention(module, query, key, value, mask, is_causal=False, layout=None, ima
         return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **kwargs)
     P, S = layout.prefix, layout.branches
 
-    def branches(x):  # (B, H, P+S*n, d) -> (B*S, H, n, d)
-        return x[:, :, P:].unflatten(2, (S, -1)).transpose(1, 2).flatten(0, 1)
+    def divide(x):  # (B, H, P+S*n, d) -> (B, H, P, d), (B*S, H, n, d)
+        prefix, branches = x.split([P, x.shape[2] - P], 2)
+        return prefix, branches.unflatten(2, (S, -1)).transpose(1, 2).flatten(0, 1)
 
-    def with_prefix(x):  # (B, H, P+S*n, d) -> (B*S, H, P+n, d)
-        return torch.cat([x[:, :, :P].repeat_interleave(S, 0), branches(x)], 2)
-
-    first, _ = sdpa_attention_forward(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None,
-                                      is_causal=layout.causal, **kwargs)  # (B, P, H, d)
-    rest, _ = sdpa_attention_forward(module, branches(query), with_prefix(key), with_prefix(value), layout.mask,
-                                     is_causal=False, **kwargs)  # (B*S, n, H, d)
-    return torch.cat([first, rest.unflatten(0, (-1, S)).flatten(1, 2)], 1), None
+    (query, own_query), (key, own_key), (value, own_value) = map(divide, (query, key, value))
+    all_keys = torch.cat([key.repeat_interleave(S, 0), own_key], 2)  # (B*S, H, P+n, d)
+    all_values = torch.cat([value.repeat_interleave(S, 0), own_value], 2)
+    first, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=layout.causal, **kwargs)  # (B, P, H, d)
+    rest, _ = sdpa_attention_forward(module, own_query, all_keys, all_values, layout.mask, is_causal=False, **kwargs)
+    return torch.cat([first, rest.unflatten(0, (-1, S)).flatten(1, 2)], 1), None  # rest: (B*S, n, H, d)
 
 
 AttentionInterface.register("showo", attention)
@@ -828,7 +827,7 @@ class Drawing:
     guidance_every: int = 1  # the unconditional half in every so many steps only; in between, its last difference
 
 
-DRAW_AT_ONCE = 8192  # image tokens in one forward pass: fills a GPU, and bounds the memory of logits
+DRAW_AT_ONCE = 4096  # image tokens in one forward pass: enough to fill a processor, and logits stay small
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PhiConfig
+from transformers.activations import ACT2FN
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -51,21 +52,32 @@ QUESTIONS = ["what color is the net?", "is there a boat?", "what is the man doin
 def random_model(size: str, device: str, dtype, seed: int = 0):
     """Show-o with random weights: Phi-1.5's tokenizer, 8,192 codes, 1,024 image tokens; or the toy's base."""
     if size == "toy":
-        return load(ROOT / "toy" / "base", device=device, dtype=dtype)[0]
+        model = load(ROOT / "toy" / "base", device=device, dtype=dtype)[0]
+        for p in model.parameters():
+            p.data *= 1 + 0.1 * seed  # another seed: another model
+        return model
     tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "phi-1_5-tokenizer")
     text = len(tokenizer)
     config = dict(vocab_size=text + len(Tokens.SPECIAL) + 8193, llm_vocab_size=text, codebook_size=8192,
                   num_vq_tokens=1024)
     model = build(config, PhiConfig(**SIZES[size]), tokenizer).to(dtype).to_empty(device=device)
-    model.showo.model.rotary_emb = PhiRotaryEmbedding(model.showo.config, device=device)
+    model.showo.model.rotary_emb = PhiRotaryEmbedding(model.showo.config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 p.fill_(1.0)
             else:
-                p.normal_(0, 0.04, generator=generator)
+                sharp = 5 if "lm_head" in name else 1  # decided choices, as a trained model's, not 8,192 ties
+                p.normal_(0, 0.04 * sharp, generator=generator)
     return model.eval()
+
+
+def as_published(model):
+    """The plain path computes gelu_new as transformers does, in eight kernels; ours in one."""
+    for layer in model.showo.model.layers:
+        layer.mlp.activation_fn = ACT2FN[model.showo.config.hidden_act]
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -132,7 +144,7 @@ def dpo(size, path: str, args):
         policy.train().showo.gradient_checkpointing_enable()
     with autocast:
         if path == "plain":
-            loss = plain.pair_dpo(policy, reference, [und, gen], 0.2)
+            loss = plain.pair_dpo(as_published(policy), as_published(reference), [und, gen], 0.2)
         else:
             packs = [pack([row], policy.tokens.pad, policy.device) for row in (und, gen)]
             loss = sum(training.preference_loss(training.margins(sums, ref), 0.2).sum()
@@ -182,6 +194,8 @@ def measure(task: str, path: str, args) -> dict:
             return dpo(args.size, path, args)
     else:
         model = random_model(args.size, args.device, dtype)
+        if path == "plain":
+            as_published(model)
 
         def work(size=None):
             if task == "captions":

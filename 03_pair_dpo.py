@@ -132,11 +132,9 @@ def loss_and_log(model, tokens, chunk, reference, args, device) -> tuple[torch.T
     return loss, {"loss": loss} | log
 
 
-def train(model, tokens, order, reference, accelerator, args) -> None:
-    """AdamW with warm-up and decay; continues from OUT/state if it is there."""
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999))
+def train(model, optimizer, tokens, order, reference, accelerator, args) -> None:
+    """Warm-up and decay; continues from OUT/state if it is there."""
     scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * args.steps), args.steps)
-    optimizer = accelerator.prepare(optimizer)
     accelerator.register_for_checkpointing(scheduler)
     start = resume(accelerator, args.out)
     model.train()
@@ -263,17 +261,18 @@ def main():
     set_seed(args.seed)
     accelerator.init_trackers("pair-dpo", {k: str(v) for k, v in vars(args).items()})
 
-    def prepared(folder):
+    def prepared(folder):  # model and optimizer together, as sharding wants it
         model, vq = load(folder, args.image_tokenizer, args.text_tokenizer)
         if args.gradient_checkpointing:
             model.showo.gradient_checkpointing_enable()
-        return accelerator.prepare(model), model, vq
+        optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999))
+        return *accelerator.prepare(model, optimizer), model, vq
 
     order = visits(pairs, args.steps, args.batch, seed_of(args.seed, args.round))
     saved = args.out / "reference.safetensors"
     policy = None
     if not saved.exists():
-        policy, bare, vq = prepared(args.reference or args.model)
+        policy, optimizer, bare, vq = prepared(args.reference or args.model)
         check_pairs(pairs, bare.tokens, args.pairs)
         reference = reference_logprobs(policy, bare.tokens, order, accelerator, args)
         if accelerator.is_main_process:
@@ -281,8 +280,8 @@ def main():
         accelerator.wait_for_everyone()
     if policy is None or args.reference:
         accelerator.free_memory()
-        policy, bare, vq = prepared(args.model)
-    train(policy, bare.tokens, order, load_tensors(saved)["logprobs"], accelerator, args)
+        policy, optimizer, bare, vq = prepared(args.model)
+    train(policy, optimizer, bare.tokens, order, load_tensors(saved)["logprobs"], accelerator, args)
 
     weights = accelerator.get_state_dict(policy)
     if accelerator.is_main_process:

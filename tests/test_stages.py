@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -135,23 +136,43 @@ def test_other_rounds_and_seeds_give_other_samples(world, sampled):
     assert not torch.equal(ours["100/images"], other["100/images"])
 
 
-def test_two_processes_give_the_same(world, sampled, paired, trained):
-    """Sampling, scoring and training under accelerate launch with two gloo processes."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    out = world / "two"
+def launch(command: str, *arguments):
+    """Several gloo processes, one thread each; "accelerate" as users start it, "torchrun" for the sharded test."""
+    start = {"accelerate": ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
+                            "--dynamo_backend", "no", "--main_process_port", "0"],
+             "torchrun": ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]}
+    done = subprocess.run([sys.executable, "-m", *start[command], *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
-    def run(script, *arguments):
-        done = subprocess.run([*launch, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
 
-    run("01_sample.py", *(a.format(w=world) for a in INPUT), *SAMPLING, "--out", out / "samples", "--batch", 1)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_sample_and_score_the_same(world, sampled, paired, processes):
+    out, stage = world / f"{processes}-processes", ("accelerate", "--num_processes", processes)
+    launch(*stage, "01_sample.py", *(a.format(w=world) for a in INPUT), *SAMPLING, "--out", out / "samples", "--batch", 1)
     assert (out / "samples" / "samples.safetensors").read_bytes() == (sampled / "samples.safetensors").read_bytes()
-    run("02_score.py", "--model", world / "base", "--samples", sampled, "--out", out / "pairs", *SCORING)
+    launch(*stage, "02_score.py", "--model", world / "base", "--samples", sampled, "--out", out / "pairs", *SCORING)
     assert (out / "pairs" / "pairs.jsonl").read_bytes() == (paired / "pairs.jsonl").read_bytes()
-    run("03_pair_dpo.py", "--model", world / "base", "--pairs", paired / "pairs.jsonl", "--out", out / "train", *TRAINING)
-    for ours, theirs in zip(read_log(trained), read_log(out / "train"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_several_processes_train_the_same(world, paired):
+    """One process, two, three, and two that share out parameters, gradients and optimizer (bench/fsdp.yaml)."""
+    arguments = ("--model", world / "base", "--pairs", paired / "pairs.jsonl", "--steps", 4, "--batch", 6, "--micro-batch", 1,
+                 "--lr", 1e-3, "--nll-gen", 0.1, "--device", "cpu", "--save-every", 2, "--out")
+    main(dpo, *arguments, world / "train-1")
+    for n in (2, 3):
+        launch("accelerate", "--num_processes", n, "03_pair_dpo.py", *arguments, world / f"train-{n}")
+    launch("torchrun", "--nproc-per-node", 2, "tests/fsdp_on_cpu.py", "03_pair_dpo.py", *arguments, world / "train-fsdp")
+    def change(name):
+        base, after = (load_file(f / "pytorch_model.safetensors") for f in (world / "base", world / name / "checkpoint"))
+        return torch.cat([(after[k] - base[k]).flatten() for k in base])
+
+    alone = change("train-1")
+    for name in ("train-2", "train-3", "train-fsdp"):
+        for ours, theirs in zip(read_log(world / name), read_log(world / "train-1"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        # AdamW's first steps are signs: parameters without a gradient follow rounding, the others must agree
+        assert (change(name) - alone).norm() < 0.02 * alone.norm()
 
 
 def test_try_by_eye(world, capsys):

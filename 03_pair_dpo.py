@@ -251,7 +251,7 @@ def main():
     pairs = read_jsonl(args.pairs, Pair)
     args.steps = max(1, math.ceil(args.epochs * len(pairs) / args.batch)) if args.epochs else args.steps
     accelerator = Accelerator(mixed_precision=args.precision, log_with=args.track, project_dir=str(args.out),
-                              cpu=args.device == "cpu")
+                              cpu=args.device == "cpu" or not torch.accelerator.is_available())
     accelerator.gradient_accumulation_steps, rest = divmod(args.batch, args.micro_batch * accelerator.num_processes)
     if rest:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} times "
@@ -289,6 +289,8 @@ def main():
         for state in (args.out / "state", args.out / "state.new"):
             shutil.rmtree(state, ignore_errors=True)
         print(f"{len(pairs)} pairs, {args.steps} steps: {args.out / 'checkpoint'}")
+    accelerator.free_memory()
+    del policy, optimizer  # a DDP model that outlives its process group can hang
     accelerator.end_training()
 
 

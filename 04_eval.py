@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfig, AutoImageProcessor,
@@ -48,7 +47,7 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
 import benchmarks as rules
 from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_drawing_arguments, add_model_arguments,
                    claim, draw_images, drawing, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin,
-                   read_jsonl, read_object, read_records, read_text, run, save_picture, seed_of, sheet, to_pil, write_file,
+                   read_jsonl, read_object, read_records, processes, read_text, run, save_picture, seed_of, sheet, to_pil, write_file,
                    write_jsonl, write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
@@ -320,7 +319,7 @@ def asker(model, vq, args):
 
 def leave_to_the_main_process() -> None:
     """Several processes ask and draw; one scores and writes."""
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         sys.exit()
 
 

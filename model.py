@@ -61,6 +61,11 @@ def run(main):
         sys.exit(2)
 
 
+def processes() -> PartialState:
+    """The processes that share this run: those of accelerate launch or torchrun; without an accelerator, CPUs."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def seed_of(*parts) -> int:
     """A 63-bit seed from (seed, round, id, sample, …), the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
@@ -290,7 +295,7 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
 
     A folder made with other settings is an error that says what differs, unless `overwrite` empties it.
     """
-    out, state = Path(out), PartialState()
+    out, state = Path(out), processes()
     settings = {k: str(v) for k, v in settings.items() if k not in ("out", "overwrite", "device", "batch")}
     if state.is_main_process:
         known = out / "settings.json"
@@ -315,7 +320,7 @@ def map_records(function, records: list, out, batch: int, label: str) -> list[di
     Every finished chunk is a file below OUT/parts, so an interrupted run continues, and several processes (accelerate
     launch) share the work. Returns the results in the order of the records on the main process, None on the others.
     """
-    state, parts = PartialState(), Path(out) / "parts"
+    state, parts = processes(), Path(out) / "parts"
 
     def finished() -> dict:
         lines = ((f, line) for f in sorted(parts.glob("*.jsonl")) for line in read_text(f).splitlines())
@@ -1173,7 +1178,7 @@ def add_model_arguments(parser) -> None:
 
 
 def load_from(args) -> tuple[Showo, Magvit]:
-    device = args.device or PartialState().device  # one per process under accelerate launch
+    device = args.device or processes().device  # one per process
     return load(args.model, args.image_tokenizer, args.text_tokenizer, device, getattr(torch, args.dtype))
 
 

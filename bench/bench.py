@@ -49,6 +49,14 @@ QUESTIONS = ["what color is the net?", "is there a boat?", "what is the man doin
 # --------------------------------------------------------------------------------------------------------------- model
 
 
+def empty_model(size: str):
+    tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "phi-1_5-tokenizer")
+    text = len(tokenizer)
+    config = dict(vocab_size=text + len(Tokens.SPECIAL) + 8193, llm_vocab_size=text, codebook_size=8192,
+                  num_vq_tokens=1024)
+    return build(config, PhiConfig(**SIZES[size]), tokenizer)
+
+
 def random_model(size: str, device: str, dtype, seed: int = 0):
     """Show-o with random weights: Phi-1.5's tokenizer, 8,192 codes, 1,024 image tokens; or the toy's base."""
     if size == "toy":
@@ -56,11 +64,7 @@ def random_model(size: str, device: str, dtype, seed: int = 0):
         for p in model.parameters():
             p.data *= 1 + 0.1 * seed  # another seed: another model
         return model
-    tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "phi-1_5-tokenizer")
-    text = len(tokenizer)
-    config = dict(vocab_size=text + len(Tokens.SPECIAL) + 8193, llm_vocab_size=text, codebook_size=8192,
-                  num_vq_tokens=1024)
-    model = build(config, PhiConfig(**SIZES[size]), tokenizer).to(dtype).to_empty(device=device)
+    model = empty_model(size).to(dtype).to_empty(device=device)
     model.showo.model.rotary_emb = PhiRotaryEmbedding(model.showo.config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -119,8 +123,9 @@ def images(model, steps: int, path: str, args):
     return {"codes": plain.draw(model, [PROMPT] * len(some), noise, steps, args.guidance)}, 16 / len(some)
 
 
-def dpo_rows(tokens, model) -> tuple[list, list]:
-    prompt, pictures = tokens.ask(CAPTION_QUESTION), codes(model, 3).tolist()
+def dpo_rows(tokens, pictures: list[list[int]]) -> tuple[list, list]:
+    """The rows of one record: captions of 71 and 72 tokens about picture 0; pictures 1 and 2 under one mask."""
+    prompt = tokens.ask(CAPTION_QUESTION)
     captions = [f"{PROMPT}. {' '.join(QUESTIONS)}", f"{QUESTIONS[0]} {PROMPT} in the harbour, and {PROMPT} again. {PROMPT}."]
     und = [Segment(tokens.look(pictures[0]), bidirectional=True),
            *(answer_segment(prompt, [*tokens.encode(c), tokens.eot]) for c in captions)]
@@ -133,7 +138,7 @@ def dpo(size, path: str, args):
     """The loss of one record and its gradients. Plain holds policy and reference; ours asks the reference first."""
     training = stage("03_pair_dpo")
     reference = random_model(size, args.device, torch.float32, seed=1)
-    und, gen = dpo_rows(reference.tokens, reference)
+    und, gen = dpo_rows(reference.tokens, codes(reference, 3).tolist())
     autocast = torch.autocast(args.device, getattr(torch, args.dtype), enabled=path == "ours" and args.dtype != "float32")
     if path == "ours":
         with torch.no_grad(), autocast:

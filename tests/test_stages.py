@@ -136,22 +136,28 @@ def test_other_rounds_and_seeds_give_other_samples(world, sampled):
     assert not torch.equal(ours["100/images"], other["100/images"])
 
 
-def launch(command: str, *arguments):
-    """Several gloo processes, one thread each; "accelerate" as users start it, "torchrun" for the sharded test."""
-    start = {"accelerate": ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-                            "--dynamo_backend", "no", "--main_process_port", "0"],
-             "torchrun": ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]}
-    done = subprocess.run([sys.executable, "-m", *start[command], *map(str, arguments)], capture_output=True, text=True,
+def launch(processes: int, *arguments):
+    """Several gloo processes, one thread each. (accelerate launch starts CPU processes through MPI only.)"""
+    start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run([*start, "--nproc-per-node", str(processes), *map(str, arguments)], capture_output=True, text=True,
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
 
+def test_processes_know_of_each_other(tmp_path):
+    (tmp_path / "show.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import processes\n"
+                                      f"state = processes(); open(f'{tmp_path}/{{state.process_index}}-of-"
+                                      f"{{state.num_processes}}', 'w')")
+    launch(3, tmp_path / "show.py")
+    assert sorted(f.name for f in tmp_path.glob("*-of-*")) == ["0-of-3", "1-of-3", "2-of-3"]
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_sample_and_score_the_same(world, sampled, paired, processes):
-    out, stage = world / f"{processes}-processes", ("accelerate", "--num_processes", processes)
-    launch(*stage, "01_sample.py", *(a.format(w=world) for a in INPUT), *SAMPLING, "--out", out / "samples", "--batch", 1)
+    out = world / f"{processes}-processes"
+    launch(processes, "01_sample.py", *(a.format(w=world) for a in INPUT), *SAMPLING, "--out", out / "samples", "--batch", 1)
     assert (out / "samples" / "samples.safetensors").read_bytes() == (sampled / "samples.safetensors").read_bytes()
-    launch(*stage, "02_score.py", "--model", world / "base", "--samples", sampled, "--out", out / "pairs", *SCORING)
+    launch(processes, "02_score.py", "--model", world / "base", "--samples", sampled, "--out", out / "pairs", *SCORING)
     assert (out / "pairs" / "pairs.jsonl").read_bytes() == (paired / "pairs.jsonl").read_bytes()
 
 
@@ -161,8 +167,8 @@ def test_several_processes_train_the_same(world, paired):
                  "--lr", 1e-3, "--nll-gen", 0.1, "--device", "cpu", "--save-every", 2, "--out")
     main(dpo, *arguments, world / "train-1")
     for n in (2, 3):
-        launch("accelerate", "--num_processes", n, "03_pair_dpo.py", *arguments, world / f"train-{n}")
-    launch("torchrun", "--nproc-per-node", 2, "tests/fsdp_on_cpu.py", "03_pair_dpo.py", *arguments, world / "train-fsdp")
+        launch(n, "03_pair_dpo.py", *arguments, world / f"train-{n}")
+    launch(2, "tests/fsdp_on_cpu.py", "03_pair_dpo.py", *arguments, world / "train-fsdp")
     def change(name):
         base, after = (load_file(f / "pytorch_model.safetensors") for f in (world / "base", world / name / "checkpoint"))
         return torch.cat([(after[k] - base[k]).flatten() for k in base])

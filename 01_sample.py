@@ -151,7 +151,8 @@ def main():
         return [dict(id=r.id, image=c, captions=t, images=i)
                 for r, c, t, i in zip(chunk, codes.tolist(), captions, images)]
 
-    results = map_records(sample, records, args.out, args.batch, "sample")
+    results = map_records(sample, records, args.out, args.batch, "sample",
+                          length=lambda r: len(model.tokens.draw(r.drawing_text)))
     if results is not None:
         save_pictures(model, vq, records[: args.show], results[: args.show], args.out)
         save_samples(records, results, model.tokens, args.out)

@@ -230,7 +230,8 @@ def evaluate_checkpoint(args) -> None:
                 judged, gen_right, judge.all_right(picture, r, gen_right), drawn)))
         return results
 
-    results = map_records(examine, records, args.out, args.batch, "evaluate")
+    results = map_records(examine, records, args.out, args.batch, "evaluate",
+                          length=lambda r: len(model.tokens.draw(r.drawing_text)))
     if results is None:
         return
     verdicts = [parse_record(Verdict, v, f"{args.out}: id {v['id']!r}") for v in results]
@@ -413,7 +414,8 @@ def drawer(model, vq, args):
         jobs = [Job(id, json.dumps([str(f) for f in files]), text) for id, text, files in wanted
                 if not all(f.exists() for f in files)]
         if jobs:
-            map_records(paint, jobs, args.out, args.batch, f"draw for {args.benchmark}")
+            map_records(paint, jobs, args.out, args.batch, f"draw for {args.benchmark}",
+                        length=lambda j: len(model.tokens.draw(j.text)))
         leave_to_the_main_process()
 
     return draw

@@ -314,8 +314,10 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
     return not (out / finished).exists()
 
 
-def map_records(function, records: list, out, batch: int, label: str) -> list[dict] | None:
+def map_records(function, records: list, out, batch: int, label: str, length=None) -> list[dict] | None:
     """function(chunk) of all chunks of `batch` records, joined; it returns one JSON object with `id` per record.
+
+    length(record): chunks hold records of similar length, so that their prompts can run together.
 
     Every finished chunk is a file below OUT/parts, so an interrupted run continues, and several processes (accelerate
     launch) share the work. Returns the results in the order of the records on the main process, None on the others.
@@ -328,7 +330,8 @@ def map_records(function, records: list, out, batch: int, label: str) -> list[di
 
     done = finished()
     state.wait_for_everyone()  # all processes see the same `done` before anyone adds to it
-    todo = [r for r in records if r.id not in done][state.process_index :: state.num_processes]
+    todo = [r for r in records if r.id not in done]
+    todo = (sorted(todo, key=length) if length else todo)[state.process_index :: state.num_processes]
     with tqdm(total=len(todo), desc=label, disable=not state.is_main_process) as bar:
         for start in range(0, len(todo), batch):
             results = function(todo[start : start + batch])
@@ -732,7 +735,7 @@ class Showo(nn.Module):
         counts = torch.zeros(B * S, device=ids.device).index_add(0, slot, torch.ones_like(logprobs))
         return sums.view(B, S), counts.view(B, S)
 
-    def label_logprobs(self, hidden, labels, at_once: int = 512) -> torch.Tensor:
+    def label_logprobs(self, hidden, labels, at_once: int = 2048) -> torch.Tensor:
         """(M, D), (M,) -> (M,) log-probs. (at_once, V) logits exist at a time: backward computes them again."""
         def some(hidden, labels):
             return -F.cross_entropy(self.showo.lm_head(hidden).float(), labels, reduction="none")

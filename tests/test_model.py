@@ -119,7 +119,7 @@ def test_packed_logprobs_equal_separate_forwards(model, monkeypatch):
                             for row in und + gen])
     weights = torch.arange(8.0).view(4, 2) - 3  # unlike weights, so that gradients of the branches cannot cancel
     theirs = gradients(model, (separate * weights).sum())
-    for at_once in (512, 3):  # labels in one piece, and in chunks that backward computes again
+    for at_once in (2048, 3):  # labels in one piece, and in chunks that backward computes again
         monkeypatch.setattr(Showo.label_logprobs, "__defaults__", (at_once,))
         sums = packed_sums(model, und, gen)[:, 1:]
         torch.testing.assert_close(sums, separate, rtol=1e-4, atol=1e-4)

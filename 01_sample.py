@@ -17,19 +17,27 @@ from pathlib import Path
 
 import torch
 
-from model import (CAPTION_QUESTION, Ask, Record, Sample, add_drawing_arguments, add_model_arguments, claim,
-                   draw_images, drawing, load_from, load_image, map_records, read_records, run, save_picture,
-                   save_tensors, seed_of, sheet, to_pil, write_jsonl, write_text)
+from model import (CAPTION_QUESTION, Ask, InputError, Record, Sample, add_drawing_arguments, add_model_arguments, claim,
+                   draw_images, drawing, load_from, load_image, map_records, model_inputs, read_records, run, save_picture,
+                   save_tensors, seed_of, sheet, skipping, to_pil, vqa_question, write_file, write_jsonl, write_text)
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
 RELEASED_SETTINGS = ["1:1.0"] + [f"{k}:{t}" for k in (2, 3, 4) for t in (0.1, 0.7, 2.0)]
 
 
-def encode_images(model, vq, records: list[Record]) -> torch.Tensor:
-    """(B, N) codes of the records' images."""
-    pixels = torch.stack([load_image(r.image, image_size(model, vq)) for r in records])
+def encode_images(model, vq, pictures: list[torch.Tensor]) -> torch.Tensor:
+    """(B, N) codes of images as load_image gives them."""
     with torch.inference_mode():
-        return vq.encode(pixels.to(model.device))
+        return vq.encode(torch.stack(pictures).to(model.device))
+
+
+def read_image(model, vq, record: Record) -> torch.Tensor:
+    """The record's image. Raises InputError if it or one of its questions cannot be used."""
+    room = model.showo.config.max_position_embeddings - model.tokens.image_tokens - 3
+    for q in record.questions:
+        if len(model.tokens.ask(vqa_question(q))) > room:
+            raise InputError(f"id {record.id!r}: field 'questions': {q.question[:40]!r} does not fit into {room} tokens")
+    return load_image(record.image, image_size(model, vq))
 
 
 def image_size(model, vq) -> int:
@@ -94,7 +102,7 @@ def try_by_eye(model, vq, args) -> None:
         print(f"{args.images} images of {args.prompt!r}: {args.out / 'prompt.png'}")
     if args.image is not None:
         record = Record("image", args.image, "")
-        captions = sample_captions(model, encode_images(model, vq, [record]), [record], args)[0]
+        captions = sample_captions(model, encode_images(model, vq, [read_image(model, vq, record)]), [record], args)[0]
         for k, caption in enumerate(captions):
             top_k, temperature = args.caption_settings[k % len(args.caption_settings)]
             print(f"top-k {top_k:<3} temperature {temperature:<4} {model.tokens.decode(caption)}")
@@ -114,6 +122,7 @@ def parse_args():
     parser.add_argument("--questions", help="the original vqa_data.json, joined to the records by id")
     parser.add_argument("--out", type=Path, default=Path("runs/try"))
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
+    parser.add_argument("--strict", action="store_true", help="stop at a bad record instead of skipping it")
     parser.add_argument("--prompt", help="draw this text and stop")
     parser.add_argument("--image", help="caption this file and stop")
     parser.add_argument("--captions", type=int, default=10, help="captions per image")
@@ -139,25 +148,45 @@ def main():
     args = parse_args()
     if args.prompt is not None or args.image:
         return try_by_eye(*load_from(args), args)
-    records = read_records(args.records, args.questions)
-    if not claim(args.out, vars(args), "samples.jsonl", args.overwrite):
+    skipped = None if args.strict else []
+    records = read_records(args.records, args.questions, skipped)
+    inputs = {"records": args.records, "questions": args.questions, "images": [r.image for r in records]}
+    if not claim(args.out, args, "samples.jsonl", inputs | model_inputs(args)):
         return print(f"{args.out / 'samples.jsonl'} is complete")
     model, vq = load_from(args)
 
     def sample(chunk: list[Record]) -> list[dict]:
-        codes = encode_images(model, vq, chunk)
-        captions = sample_captions(model, codes, chunk, args)
-        images = sample_images(model, chunk, args).tolist()
-        return [dict(id=r.id, image=c, captions=t, images=i)
-                for r, c, t, i in zip(chunk, codes.tolist(), captions, images)]
+        good, pictures, results = [], [], []
+        for r in chunk:
+            why = None if args.strict else []
+            with skipping(why):
+                pictures.append(read_image(model, vq, r))
+                good.append(r)
+            results += [dict(id=r.id, skipped=reason) for reason in why or []]
+        if not good:
+            return results
+        codes = encode_images(model, vq, pictures)
+        captions = sample_captions(model, codes, good, args)
+        images = sample_images(model, good, args).tolist()
+        return results + [dict(id=r.id, image=c, captions=t, images=i)
+                          for r, c, t, i in zip(good, codes.tolist(), captions, images)]
 
     results = map_records(sample, records, args.out, args.batch, "sample",
                           length=lambda r: len(model.tokens.draw(r.drawing_text)))
-    if results is not None:
-        save_pictures(model, vq, records[: args.show], results[: args.show], args.out)
-        save_samples(records, results, model.tokens, args.out)
-        shutil.rmtree(args.out / "parts")
-        print(f"{len(records)} records, {args.captions} captions and {args.images} images each: {args.out}")
+    if results is None:
+        return
+    good = [(r, found) for r, found in zip(records, results) if "skipped" not in found]
+    reasons = (skipped or []) + [found["skipped"] for found in results if "skipped" in found]
+    if reasons:
+        write_file(args.out / "skipped.txt", "\n".join(reasons) + "\n")
+        print(f"{len(reasons)} bad records skipped, for reasons in {args.out / 'skipped.txt'}; the first: {reasons[0]}")
+    if not good:
+        raise InputError(f"{args.records}: no record left; {reasons[0]}")
+    records, results = zip(*good)
+    save_pictures(model, vq, records[: args.show], results[: args.show], args.out)
+    save_samples(records, results, model.tokens, args.out)
+    shutil.rmtree(args.out / "parts")
+    print(f"{len(records)} records, {args.captions} captions and {args.images} images each: {args.out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, claim, load_from,
-                   load_tensors, map_records, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil, vqa_question,
+                   load_tensors, map_records, model_inputs, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil, vqa_question,
                    write_jsonl, write_text)
 
 # ---------------------------------------------------------------------------------------------------- text similarity
@@ -259,6 +259,18 @@ def read_samples(folder: Path) -> tuple[list[Sample], dict]:
     return samples, tensors
 
 
+def check_samples(samples: list[Sample], tensors: dict, tokens, folder: Path) -> None:
+    """Raises InputError if the codes or token ids were made with another model."""
+    for s in samples:
+        image, images, captions = (tensors[f"{s.id}/{name}"] for name in ("image", "images", "captions"))
+        codes = torch.cat([image[None], images]) if image.shape == images.shape[1:] else images
+        if codes.shape[1:] != (tokens.image_tokens,) or codes.min() < 0 or codes.max() >= tokens.codes:
+            raise InputError(f"{folder}/samples.safetensors: id {s.id!r}: images should be {tokens.image_tokens} codes below "
+                             f"{tokens.codes}; were they sampled with another model?")
+        if captions.numel() and not -1 <= captions.min() <= captions.max() < tokens.vocab_size:
+            raise InputError(f"{folder}/samples.safetensors: id {s.id!r}: a caption's token is outside the vocabulary")
+
+
 def save_gallery(vq, pairs: list[Pair], device, out: Path) -> None:
     """Real image, winner, loser, with captions and scores: as one sheet, and as files for the report."""
     rows, labels = [], []
@@ -339,9 +351,14 @@ def main():
     args = parse_args()
     samples, tensors = read_samples(args.samples)
     previous = {p.id: p for p in read_jsonl(args.previous, Pair)} if args.previous else {}
-    if not claim(args.out, vars(args), "pairs.jsonl", args.overwrite):
+    absent = sorted(previous.keys() - {s.id for s in samples})
+    if absent:
+        raise InputError(f"{args.previous}: field 'id': {absent[0]!r} is not among the samples in {args.samples}")
+    inputs = {"samples": [args.samples / f"samples.{end}" for end in ("jsonl", "safetensors")], "previous": args.previous}
+    if not claim(args.out, args, "pairs.jsonl", inputs | model_inputs(args)):
         return print(f"{args.out / 'pairs.jsonl'} is complete")
     model, vq = load_from(args)
+    check_samples(samples, tensors, model.tokens, args.samples)
     tools = (caption_scorer(args.caption_scorer, model.device), answer_matcher(args.matcher, model.device),
              Questioner(args.question_model, args.qa_model, model.device) if args.question_model else None)
 

@@ -18,7 +18,6 @@ random mask, the same for win and lose, policy and reference. Defaults are the p
 import argparse
 import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -29,8 +28,8 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from model import (CAPTION_QUESTION, InputError, Pair, Segment, add_model_arguments, answer_segment, claim, decay_groups,
-                   image_segment, load, load_tensors, pack, random_mask, read_jsonl, read_text, run, save, save_tensors,
-                   seed_of, uniforms, write_file)
+                   image_segment, load, load_tensors, model_inputs, pack, random_mask, read_jsonl, read_text, remove, run,
+                   save, save_tensors, seed_of, uniforms, write_file, writing)
 
 WIN, LOSE = 1, 2  # segments of a packed row; 0 is the prefix they share
 
@@ -176,23 +175,25 @@ def check(log: dict, ids: list[str], args) -> None:
 def write_log(log: dict, accelerator, out: Path) -> None:
     accelerator.log({k: v for k, v in log.items() if k != "step"}, step=log["step"])
     if accelerator.is_main_process:
-        with open(out / "train.jsonl", "a", encoding="utf-8") as file:
+        with writing(out / "train.jsonl"), open(out / "train.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(log) + "\n")
 
 
 def save_state(accelerator, out: Path, step: int) -> None:
-    """Model, optimizer, schedule and random state, complete or not at all."""
-    accelerator.save_state(str(out / "state.new"))
-    if accelerator.is_main_process:
-        (out / "state.new" / "step").write_text(str(step))
-        shutil.rmtree(out / "state", ignore_errors=True)
-        (out / "state.new").rename(out / "state")
+    """Model, optimizer, schedule and random state, complete or not at all: a state without `step` does not count."""
+    with writing(out / "state"):
+        accelerator.save_state(str(out / "state.new"))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_file(out / "state.new" / "step", str(step))
+            remove(out / "state")
+            (out / "state.new").rename(out / "state")
     accelerator.wait_for_everyone()
 
 
 def resume(accelerator, out: Path) -> int:
     """The step to start at; log lines of steps that will be done again are removed."""
-    state = out / "state" if (out / "state" / "step").exists() else out / "state.new"
+    state = out / "state.new" if (out / "state.new" / "step").exists() else out / "state"  # the first if half replaced
     start = int(read_text(state / "step")) if (state / "step").exists() else 0
     if start:
         accelerator.load_state(str(state))
@@ -256,7 +257,8 @@ def main():
     if rest:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch} times "
                          f"{accelerator.num_processes} processes")
-    if not claim(args.out, vars(args), "checkpoint/config.json", args.overwrite):
+    inputs = {"pairs": args.pairs, "reference": args.reference}
+    if not claim(args.out, args, "checkpoint/config.json", inputs | model_inputs(args)):
         return print(f"{args.out / 'checkpoint'} is complete")
     set_seed(args.seed)
     accelerator.init_trackers("pair-dpo", {k: str(v) for k, v in vars(args).items()})
@@ -286,8 +288,7 @@ def main():
     weights = accelerator.get_state_dict(policy)
     if accelerator.is_main_process:
         save(bare, vq, args.out / "checkpoint", weights)
-        for state in (args.out / "state", args.out / "state.new"):
-            shutil.rmtree(state, ignore_errors=True)
+        remove(args.out / "state", args.out / "state.new")
         print(f"{len(pairs)} pairs, {args.steps} steps: {args.out / 'checkpoint'}")
     accelerator.free_memory()
     del policy, optimizer  # a DDP model that outlives its process group can hang
@@ -295,4 +296,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "--micro-batch 1, --gradient-checkpointing or --precision bf16")

@@ -46,7 +46,7 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
 
 import benchmarks as rules
 from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_drawing_arguments, add_model_arguments,
-                   claim, draw_images, drawing, fill, load_from, load_image, map_records, parse_json, parse_record, read_bin,
+                   claim, draw_images, drawing, fill, load_from, load_image, map_records, model_inputs, parse_json, parse_record, read_bin,
                    read_jsonl, read_object, read_records, processes, read_text, run, save_picture, seed_of, sheet, to_pil, write_file,
                    write_jsonl, write_text)
 
@@ -200,7 +200,8 @@ def evaluate_checkpoint(args) -> None:
     without = [r.id for r in records if not r.questions]
     if without:
         raise InputError(f"{args.records}: id {without[0]!r}: field 'questions' is empty; evaluation needs questions")
-    if not claim(args.out, vars(args), "metrics.json", args.overwrite):
+    inputs = {"records": args.records, "questions": args.questions, "images": [r.image for r in records]}
+    if not claim(args.out, args, "metrics.json", inputs | model_inputs(args)):
         return print(table({args.out.name: read_object(args.out / "metrics.json")}))
     model, vq = load_from(args)
     similarity = scoring.caption_scorer(args.caption_scorer, model.device)
@@ -214,7 +215,7 @@ def evaluate_checkpoint(args) -> None:
 
     @torch.inference_mode()
     def examine(chunk: list[Record]) -> list[dict]:
-        real = sampling.encode_images(model, vq, chunk)
+        real = sampling.encode_images(model, vq, [sampling.read_image(model, vq, r) for r in chunk])
         captions = write_text(model, real, [Ask(i, model.tokens.ask(CAPTION_QUESTION)) for i in range(len(chunk))])
         answers = scoring.answer_questions(model, real, [r.questions for r in chunk], args.max_new_tokens)
         seeds = [seed_of(args.seed, "eval", r.id) for r in chunk]
@@ -304,7 +305,7 @@ def asker(model, vq, args):
     @torch.inference_mode()
     def examine(jobs: list[Job]) -> list[dict]:
         files = list(dict.fromkeys(j.image for j in jobs))  # each image is read and prefilled once
-        codes = sampling.encode_images(model, vq, [Record("", f, "") for f in files])
+        codes = sampling.encode_images(model, vq, [load_image(f, sampling.image_size(model, vq)) for f in files])
         asks = [Ask(files.index(j.image), model.tokens.ask(j.text)) for j in jobs]
         said = write_text(model, codes, asks, 64 if args.benchmark == "flickr30k" else args.max_new_tokens)
         return [dict(id=j.id, answer=model.tokens.decode(ids).strip()) for j, ids in zip(jobs, said)]
@@ -579,7 +580,8 @@ GENERATION = {"geneval": geneval, "dpg": dpg, "clipscore": clip_scores, "fid": f
 
 def run_benchmark(args) -> None:
     """One official benchmark: official files in, prediction files and OUT/metrics.json out."""
-    if not claim(args.out, vars(args), "metrics.json", args.overwrite):
+    texts = sorted(p for p in args.data.rglob("*") if p.suffix in (".json", ".jsonl", ".csv", ".txt"))  # not the images
+    if not claim(args.out, args, "metrics.json", {"data": texts or [args.data]} | model_inputs(args)):
         metrics = read_object(args.out / "metrics.json")
         return print(flat_table(metrics.pop("benchmark"), metrics))
     model, vq = load_from(args)

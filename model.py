@@ -8,14 +8,19 @@ S segments behind one prefix, D hidden size.
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import sys
 import textwrap
+import time
 import typing
+import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +44,7 @@ from transformers.utils import cached_file
 
 CAPTION_QUESTION = "Give a caption for this image."  # the released captioning prompt
 IGNORE = -100  # "no label here"
+FORMAT = "2"  # of all files that stages write; another number than in OUT/settings.json stops a rerun
 
 
 # ---------------------------------------------------------------------------------------------- errors and seeds
@@ -52,13 +59,24 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def run(main):
-    """Run a stage: bad input ends in one line on stderr and exit code 2, without a traceback."""
+def run(main, if_memory_runs_out: str = "a smaller --batch or --dtype bfloat16"):
+    """Run a stage: bad input, a full disk and exhausted memory end in one line on stderr and exit code 2."""
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        message = f"{error.filename or 'output'}: {error.strerror}; rerun the same command to continue"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        message = f"out of memory ({reason(error)[:120]}); {if_memory_runs_out} helps"
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def processes() -> PartialState:
@@ -199,48 +217,75 @@ def parse_json(text: str, where: str):
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 
-def check_ids(records: list, path) -> list:
-    """Ids join the stages and name files: they must be unique, non-empty, and safe as a file name."""
-    seen = set()
-    for number, r in enumerate(records, 1):
-        bad = r.id in ("", ".", "..") or len(r.id.encode()) > 200 or any(c in "/\\" or ord(c) < 32 for c in r.id)
-        if bad:
-            raise InputError(f"{path}: record {number}: field 'id': {r.id[:60]!r} cannot be used as a file name")
-        if r.id in seen:
-            raise InputError(f"{path}: record {number}: field 'id': {r.id!r} occurs twice")
-        seen.add(r.id)
-    if not records:
-        raise InputError(f"{path}: no records")
-    return records
+def collect(build, values: list, path, skipped: list[str] | None) -> list:
+    """build(value, where) of all (where, value). A bad one raises InputError, or is left out and noted in `skipped`.
+
+    Ids join the stages and name files: they must be unique, non-empty, and safe as a file name.
+    """
+    kept, seen = [], set()
+    for where, value in values:
+        with skipping(skipped):
+            r = build(value, where)
+            if r.id in ("", ".", "..") or len(r.id.encode()) > 200 or any(c in "/\\" or not c.isprintable() for c in r.id):
+                raise InputError(f"{where}: field 'id': {r.id[:60]!r} cannot be used as a file name")
+            if unicodedata.normalize("NFC", r.id) in seen:
+                raise InputError(f"{where}: field 'id': {r.id!r} occurs twice")
+            if isinstance(r, Record) and not r.drawing_text.strip():
+                raise InputError(f"{where}: field 'caption' is empty")
+            for q in getattr(r, "questions", []):
+                check_question(q, where)
+            seen.add(unicodedata.normalize("NFC", r.id))
+            kept.append(r)
+    if not kept:
+        raise InputError(f"{path}: no records" + (f"; {skipped[0]}" if skipped else ""))
+    return kept
 
 
-def read_jsonl(path, kind: type) -> list:
+@contextmanager
+def skipping(skipped: list[str] | None):
+    """With a list, bad input inside the block ends the block alone, and its reason is noted."""
+    try:
+        yield
+    except InputError as error:
+        if skipped is None:
+            raise
+        skipped.append(str(error))
+
+
+def check_question(q: Question, where: str) -> None:
+    if not q.choices:
+        raise InputError(f"{where}: field 'choices' is empty: {q.question[:40]!r}")
+    if q.answer not in q.choices:
+        raise InputError(f"{where}: field 'answer': {q.answer[:40]!r} is not among the choices of {q.question[:40]!r}")
+
+
+def read_jsonl(path, kind: type, skipped: list[str] | None = None) -> list:
     """The records of a JSONL file, every field checked against dataclass `kind`."""
-    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    where = [f"{path}: line {n}" for n, _ in lines]
-    return check_ids([parse_record(kind, parse_json(line, w), w) for w, (_, line) in zip(where, lines)], path)
+    lines = [(f"{path}: line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    return collect(lambda line, where: parse_record(kind, parse_json(line, where), where), lines, path, skipped)
 
 
 def write_jsonl(path, records: list) -> None:
     write_file(path, "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records))
 
 
-def read_records(path, questions=None) -> list[Record]:
+def read_records(path, questions=None, skipped: list[str] | None = None) -> list[Record]:
     """Homologous inputs from our JSONL, or from the original `initial_data.json` with its `vqa_data.json`.
 
     The original's ids are numbers or strings; questions are joined **by id**. Image paths are made absolute: relative
     to the records file, or (as in the original) to the working directory if they exist there.
+    skipped: a list that takes the reasons of bad records, which are left out; without it, the first one raises.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        records = read_jsonl(path, Record)
+        records = read_jsonl(path, Record, skipped)
     else:
-        records = check_ids([original_record(v, f"{path}: record {n}") for n, v in read_array(path)], path)
-    if questions is not None:
-        by_id = {r.id: r for r in records}
-        for n, value in read_array(questions):
-            where = f"{questions}: record {n}"
+        records = collect(original_record, read_array(path), path, skipped)
+    by_id = {r.id: r for r in records}
+    for where, value in read_array(questions) if questions is not None else ():
+        with skipping(skipped):
             question = parse_record(Question, value, where)
+            check_question(question, where)
             owner = by_id.get(str(value.get("id")))
             if owner is None:
                 raise InputError(f"{where}: field 'id': {value.get('id')!r} is not in {path}")
@@ -255,7 +300,7 @@ def read_array(path):
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, list):
         raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
-    return enumerate(value, 1)
+    return [(f"{path}: record {n}", v) for n, v in enumerate(value, 1)]
 
 
 def original_record(value, where: str) -> Record:
@@ -267,18 +312,29 @@ def original_record(value, where: str) -> Record:
 
 
 @contextmanager
+def writing(path):
+    """What goes wrong while writing (no space, read-only, no permission) becomes one line that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+            raise
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"{path}: cannot write: {why}; the same command continues from here") from None
+
+
+@contextmanager
 def atomic(path):
     """Yield a temporary sibling of `path` (file or folder) that takes the final name only if the block succeeds."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
@@ -290,19 +346,65 @@ def write_file(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
-    """Prepare output folder `out` for a run with `settings`; False if the file `finished` shows it is complete.
+def digest(path) -> str:
+    """The contents of a file, of all files of a folder or of a list of files, in 16 hexadecimal digits; of a hub
+    repository its revision."""
+    if isinstance(path, list):
+        return hashlib.sha256("".join(digest(p) if Path(p).is_file() else "missing" for p in path).encode()).hexdigest()[:16]
+    path = Path(path)
+    if not path.exists():
+        config = find_file(path, "config.json")  # …/snapshots/REVISION/config.json
+        return Path(config).parent.name[:16] if config else ""
+    found = hashlib.sha256()
+    try:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            with open(file, "rb") as content:
+                hashed = hashlib.file_digest(content, "sha256").hexdigest()
+            found.update(f"{file.relative_to(path)} {hashed}\n".encode())
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from None
+    return found.hexdigest()[:16]
 
-    A folder made with other settings is an error that says what differs, unless `overwrite` empties it.
+
+LOCKS = {}  # output folder -> its lock file, open as long as this process lives
+
+
+def lock(out: Path) -> None:
+    """Hold `out` until this process ends, however it ends. Raises InputError naming the process that holds it."""
+    if out.resolve() in LOCKS:
+        return
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it with the process: none is ever stale
+    except OSError:
+        file.seek(0)
+        raise InputError(f"{out}: in use by {file.read().strip() or 'another process'}") from None
+    with writing(out):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+    LOCKS[out.resolve()] = file
+
+
+def claim(out, args, finished: str, inputs: dict) -> bool:
+    """Prepare output folder `out` for a run with `args`; False if the file `finished` shows it is complete.
+
+    inputs: name -> path (or list of files) of everything that is read; None: not given. A folder that was made with other
+    settings, other contents of these, or by another version of the formats is an error that says what differs, unless
+    --overwrite empties it. One run at a time holds the folder; what a killed one left half-written is removed.
     """
     out, state = Path(out), processes()
-    settings = {k: str(v) for k, v in settings.items() if k not in ("out", "overwrite", "device", "batch")}
     if state.is_main_process:
-        known = out / "settings.json"
-        if overwrite and out.exists() and any(out.iterdir()):
+        lock(out)
+        known, others = out / "settings.json", [p for p in out.iterdir() if p.name != ".lock"]
+        if args.overwrite and others:
             if not known.exists():
                 raise InputError(f"{out}: not made by a stage (no settings.json), so --overwrite does not empty it")
-            shutil.rmtree(out)
+            remove(*others)
+        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "overwrite", "device", "batch", "strict")}
+        settings |= {"format": FORMAT} | {f"content of {k}": digest(v) for k, v in inputs.items() if v is not None}
         if known.exists():
             before = read_object(known)
             changed = [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]
@@ -310,8 +412,17 @@ def claim(out, settings: dict, finished: str, overwrite: bool) -> bool:
                 raise InputError(f"{out}: made with other settings ({'; '.join(changed)}); "
                                  "use --overwrite or another --out")
         write_file(known, json.dumps(settings, indent=1) + "\n")
+        remove(*out.rglob(".*.tmp"))
+        if (out / finished).exists():
+            remove(out / "parts", out / "state", out / "state.new")
     state.wait_for_everyone()
     return not (out / finished).exists()
+
+
+def remove(*paths: Path) -> None:
+    """Files and folders, if they are there."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def map_records(function, records: list, out, batch: int, label: str, length=None) -> list[dict] | None:
@@ -1065,6 +1176,7 @@ def read_bin(file: str) -> dict:
 def fill(module: nn.Module, weights: dict, path: str, dtype=torch.float32) -> None:
     """Put `weights` into a module built on the meta device; names and shapes must match exactly."""
     want, have = ({k: tuple(v.shape) for k, v in d.items()} for d in (module.state_dict(), weights))
+    floating = {k: v.is_floating_point() for k, v in module.state_dict().items()}
     misshapen = [f"{k} {have[k]} instead of {want[k]}" for k in want if k in have and want[k] != have[k]]
     problems = [("missing", sorted(want.keys() - have.keys())), ("unexpected", sorted(have.keys() - want.keys())),
                 ("wrong shape", misshapen)]
@@ -1072,6 +1184,10 @@ def fill(module: nn.Module, weights: dict, path: str, dtype=torch.float32) -> No
              for what, names in problems if names]
     if found:
         raise InputError(f"{path}: parameters do not fit the model; {'; '.join(found)}")
+    broken = [k for k, v in weights.items() if v.is_floating_point() != floating[k] or not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: parameter {broken[0]} holds values that are not finite numbers, or another dtype "
+                         f"({weights[broken[0]].dtype})")
     module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, assign=True)
 
 
@@ -1178,6 +1294,11 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--text-tokenizer", help="folder or hub id, if not in the checkpoint [microsoft/phi-1_5]")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … [what accelerate finds]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="backbone")
+
+
+def model_inputs(args) -> dict:
+    """For `claim`: what a checkpoint consists of."""
+    return {"model": args.model, "image tokenizer": args.image_tokenizer, "text tokenizer": args.text_tokenizer}
 
 
 def load_from(args) -> tuple[Showo, Magvit]:

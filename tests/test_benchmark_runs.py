@@ -64,7 +64,7 @@ def run(base, name: str, data, out, *more) -> dict:
 
 def files_of(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name != "settings.json"}
+            if p.is_file() and p.name not in ("settings.json", ".lock")}
 
 
 # --------------------------------------------------------------------------------------------- understanding benchmarks

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import model
 from conftest import ROOT, stage
-from model import (InputError, Pair, Question, Record, Sample, Score, atomic, claim, load_image, map_records,
+from model import (InputError, Pair, Question, Record, Sample, Score, atomic, load_image, map_records,
                    read_jsonl, read_records, write_jsonl)
 
 Verdict = stage("04_eval").Verdict
@@ -30,7 +31,7 @@ ODD = "tab\tquote\"back\\slash, new\nline, \u2028 line separator, \x85, \r\n, {b
 QUESTIONS = [Question("what color?", ["red", "blue, dark"], "red", "color"), Question(ODD, [ODD], ODD)]
 RECORDS = {
     Record: [Record("0", "a.png", "a cat"), Record("ü 1", "b c.png", ODD, ODD, QUESTIONS)],
-    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]), Sample("b", "b.png", "")],
+    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]), Sample("b", "b.png", "c")],
     Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]]),
             Score("b", [], [], [], [], "no questions")],
     Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30, [3], [4], 1.0, -0.5, [ODD], [])],
@@ -133,7 +134,7 @@ def test_hostile_ids(tmp_path, id):
     path = tmp_path / "records.jsonl"
     path.write_text(f'{GOOD}\n{json.dumps({"id": id, "image": "b.png", "caption": "c"})}\n')
     message = error(read_records, path)
-    assert all(part in message for part in [str(path), "record 2", "'id'"]), message
+    assert all(part in message for part in [str(path), "line 2", "'id'"]), message
 
 
 def test_ordinary_ids_are_fine(tmp_path):
@@ -150,7 +151,7 @@ def test_the_same_id_twice(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join([GOOD, GOOD.replace('"a"', '"b"'), GOOD.replace("a.png", "other.png")]))
     message = error(read_records, path)
-    assert all(part in message for part in [str(path), "record 3", "'id'", "'a'", "twice"]), message
+    assert all(part in message for part in [str(path), "line 3", "'id'", "'a'", "twice"]), message
 
 
 def test_an_impossible_image_path_is_no_crash(tmp_path):
@@ -297,7 +298,11 @@ def test_atomic_cannot_write(tmp_path, inside):
 
 # ------------------------------------------------------------------------------------------- claiming an output folder
 
-SETTINGS = dict(model="toy/base", seed=0, steps=50, out="o", device=None, batch=4, overwrite=False)
+SETTINGS = dict(model="toy/base", seed=0, steps=50, out="o", device=None, batch=4)
+
+
+def claim(out, settings: dict, finished: str, overwrite: bool, **inputs) -> bool:
+    return model.claim(out, SimpleNamespace(**settings, overwrite=overwrite), finished, inputs)
 
 
 def test_claim_continues_with_the_same_settings(tmp_path):
@@ -322,7 +327,7 @@ def test_claim_overwrites(tmp_path):
     claim(out, SETTINGS, "done.json", False)
     (out / "done.json").write_text("x")
     assert claim(out, {**SETTINGS, "seed": 1}, "done.json", True)
-    assert os.listdir(out) == ["settings.json"]
+    assert sorted(os.listdir(out)) == [".lock", "settings.json"]
     assert "seed 1 -> 0" in error(claim, out, SETTINGS, "done.json", False)
 
 
@@ -366,8 +371,8 @@ def test_map_records_continues(tmp_path, batch_again):
 def test_stage_ends_in_one_line_and_exit_code_2(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text(f'{GOOD}\n{{"id": "b", "image": "b.png", "caption": 3}}\n')
-    done = subprocess.run([sys.executable, ROOT / "01_sample.py", "--records", path, "--out", tmp_path / "out"],
-                          capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, ROOT / "01_sample.py", "--records", path, "--out", tmp_path / "out",
+                           "--strict"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: {path}: line 2: field 'caption' should be str, found 3\n"
     assert not (tmp_path / "out").exists()

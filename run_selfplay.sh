@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 OUT=${OUT:-runs/toy}                 # everything is written here
 ROUNDS=${ROUNDS:-2}
 SEED=${SEED:-0}
-LAUNCH=${LAUNCH:-python}             # several GPUs: LAUNCH="accelerate launch --num_processes 8"
+LAUNCH=${LAUNCH:-python}             # several GPUs: "accelerate launch --num_processes 8"; CPUs: "torchrun --nproc-per-node 2"
 BASE=${BASE:-toy/base}               # the policy of round 0
 TRAIN=${TRAIN:-$OUT/preference/records.jsonl}
 HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}

@@ -21,7 +21,7 @@ from test_stages import main
 from tiny import tiny_model
 
 sample, score, dpo, evaluation = (stage(n) for n in ("01_sample", "02_score", "03_pair_dpo", "04_eval"))
-FINAL = ("samples.jsonl", "samples.safetensors", "scores.jsonl", "pairs.jsonl", "checkpoint", "metrics.json", "answers.jsonl")
+FINAL = ("samples.jsonl", "samples.safetensors", "pairs.jsonl", "checkpoint", "metrics.json", "answers.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def refusal(capsys, module, *arguments) -> str:
     with pytest.raises(SystemExit) as ended:
         run(lambda: main(module, *arguments))
     printed = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
-    assert ended.value.code == 2 and printed[-1].startswith("error: ") and len(printed[-1]) < 700
+    assert ended.value.code == 2 and printed[-1].startswith("error: ") and len(printed[-1]) < 1000
     assert not any("Traceback" in line for line in printed)
     assert not any((out / name).exists() for name in FINAL)
     assert not list(out.rglob("*.tmp")) if out.exists() else True

@@ -1,6 +1,6 @@
 """Make the toy's tokenizers and its base model from scratch: the seeded recipe behind toy/base.
 
-    python toy/pretrain.py --out runs/pretrain          # writes runs/pretrain/base, which is toy/base
+    python toy/pretrain.py --out runs/pretrain          # writes runs/pretrain/base; toy/base was made so
 
 Text tokenizer: one token per word of the world.
 

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, claim, load_from,
-                   load_tensors, map_records, model_inputs, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil, vqa_question,
-                   write_jsonl, write_text)
+from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, claim, load_from, load_tensors,
+                   map_records, model_inputs, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil,
+                   vqa_question, write_jsonl, write_text)
 
 # ---------------------------------------------------------------------------------------------------- text similarity
 

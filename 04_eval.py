@@ -46,9 +46,9 @@ from transformers import (MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING, AutoConfi
 
 import benchmarks as rules
 from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Record, add_drawing_arguments, add_model_arguments,
-                   claim, draw_images, drawing, fill, load_from, load_image, map_records, model_inputs, parse_json, parse_record, read_bin,
-                   read_jsonl, read_object, read_records, processes, read_text, run, save_picture, seed_of, sheet, to_pil, write_file,
-                   write_jsonl, write_text)
+                   claim, draw_images, drawing, fill, load_from, load_image, map_records, model_inputs, parse_json,
+                   parse_record, processes, read_bin, read_jsonl, read_object, read_records, read_text, run, save_picture,
+                   seed_of, sheet, to_pil, write_file, write_jsonl, write_text)
 
 sampling, scoring = import_module("01_sample"), import_module("02_score")
 

@@ -93,7 +93,8 @@ def codes(model, n: int) -> torch.Tensor:
 
 
 def caption_asks(model) -> list[Ask]:
-    settings = [stage("01_sample").setting(s) for s in stage("01_sample").RELEASED_SETTINGS]
+    sampling = stage("01_sample")
+    settings = [sampling.setting(s) for s in sampling.RELEASED_SETTINGS]
     prompt = model.tokens.ask(CAPTION_QUESTION)
     return [Ask(0, prompt, k, t, seed_of("caption", i)) for i, (k, t) in enumerate(settings)]
 
@@ -204,25 +205,25 @@ def measure(task: str, path: str, args) -> dict:
     empty = memory(args.device)
     dtype = torch.float32 if path == "plain" else getattr(torch, args.dtype)
     if task == "dpo":
-        def work(size=None):
+        def work(_):
             return dpo(args.size, path, args)
     else:
         model = random_model(args.size, args.device, dtype)
         if path == "plain":
             as_published(model)
 
-        def work(size=None):
+        def work(length):  # tokens or steps, if not those of the command line
             if task == "captions":
-                return texts(model, caption_asks(model), 1, size or args.caption_tokens, path, [0, 9])
+                return texts(model, caption_asks(model), 1, length or args.caption_tokens, path, [0, 9])
             if task == "questions":
-                return texts(model, question_asks(model), 4, size or args.answer_tokens, path, [0, 39])
-            return images(model, size or args.steps, path, args)
+                return texts(model, question_asks(model), 4, length or args.answer_tokens, path, [0, 39])
+            return images(model, length or args.steps, path, args)
 
-    def timed(size=None, counting=nullcontext()):
+    def timed(length=None, counting=nullcontext()):
         wait(args.device)
         start = time.perf_counter()
         with counting:
-            found, scale, *seconds = work(size)
+            found, scale, *seconds = work(length)
         wait(args.device)
         return *(seconds or [time.perf_counter() - start]), found, scale
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import torchrun  # noqa: E402
 from kills import MOMENTS, finish, start, tree  # noqa: E402
 
 MODEL = ["--model", str(ROOT / "toy" / "base")]
@@ -64,10 +65,8 @@ def kill_once(name: str, command: list, out: Path, seconds: float, chance: rando
 
 
 def several(name: str, command: list, out: Path) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-              "--nproc-per-node", "2", ROOT / f"{name}.py", *command, "--out", out]
-    return subprocess.Popen([str(a) for a in launch], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(torchrun(2, f"{name}.py", *command, "--out", out), cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def loop(folder: Path, out: Path) -> subprocess.Popen:
@@ -79,11 +78,8 @@ def loop(folder: Path, out: Path) -> subprocess.Popen:
 
 
 def check(what: str, out: Path, whole: Path) -> None:
-    ours, theirs = tree(out), tree(whole)
-    ours = {k: v for k, v in ours.items() if "report" not in k}  # it names its folder
-    theirs = {k: v for k, v in theirs.items() if "report" not in k}
-    if what == "loop":  # settings name the folder of the round
-        ours, theirs = ({k: v for k, v in t.items() if not k.endswith("settings.json")} for t in (ours, theirs))
+    named = ("report.html", "settings.json") if what == "loop" else ()  # these name the folder they are in
+    ours, theirs = ({k: v for k, v in tree(f).items() if Path(k).name not in named} for f in (out, whole))
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if different:
         sys.exit(f"{what}: {out} differs from {whole}: {different[:5]}")
@@ -152,7 +148,7 @@ def main():
         for _ in range(max(1, args.kills // 20)):
             group = several(name, command, out)
             time.sleep(chance.uniform(0.4, 0.95) * took)
-            workers = [p for p in children(group.pid)]
+            workers = children(group.pid)
             if workers and group.poll() is None:
                 os.kill(chance.choice(workers), signal.SIGKILL)
                 killed[f"{name}, one of two processes"] += 1

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT, stage
+from conftest import ROOT, stage, torchrun
 from model import Pair, load, read_jsonl, save
 from tiny import WORDS, tiny_model
 
@@ -137,10 +137,9 @@ def test_other_rounds_and_seeds_give_other_samples(world, sampled):
 
 
 def launch(processes: int, *arguments):
-    """Several gloo processes, one thread each. (accelerate launch starts CPU processes through MPI only.)"""
-    start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run([*start, "--nproc-per-node", str(processes), *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Several processes, one thread each, to their end."""
+    done = subprocess.run(torchrun(processes, *arguments), capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
 

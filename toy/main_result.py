@@ -1,8 +1,10 @@
 """The tables of the main result in toy/RESULTS.md, from toy/results/main: python toy/main_result.py
 
+--keep RUN first copies there what the tables need of a finished run, whose folder is named after its seed.
 Records are resampled for the interval of one seed; for the mean over seeds, seeds and records both (10,000 draws, 95 %).
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +12,19 @@ import numpy as np
 
 FOLDER = Path(__file__).parent / "results" / "main"
 NAMES = ("base", "round1", "round2", "round3")
+COLUMNS = ["id", "understood", "drawn right", "questions", "everything right", "caption score"]  # the middle ones: counts
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
+
+
+def keep(run: Path) -> None:
+    """Per record, what was answered right about the real image and the drawing, of how many questions."""
+    (FOLDER / run.name).mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        with open(run / "eval" / name / "answers.jsonl", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        records = [[r["id"], sum(r["und_right"]), sum(r["gen_right"]), len(r["questions"]), int(r["all_right"]),
+                    round(r["caption_score"], 4)] for r in rows]
+        (FOLDER / run.name / f"{name}.json").write_text(json.dumps({"columns": COLUMNS, "records": records}))
 
 
 def read(path: Path) -> np.ndarray:
@@ -40,6 +54,11 @@ def table(title: str, rows: dict[str, np.ndarray]) -> None:
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="RUN")
+    args = parser.parse_args()
+    if args.keep:
+        keep(args.keep)
     seeds = sorted(FOLDER.glob("seed*"))
     found = {name: np.stack([read(seed / f"{name}.json") for seed in seeds]) for name in NAMES}
     print(f"{len(seeds)} seeds, {found['base'].shape[1]} records")

@@ -9,17 +9,7 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 
 one() {  # one SEED
   SEED=$1 OUT=runs/main/seed$1 bash run_selfplay.sh > "runs/main/seed$1.log" 2>&1
-  mkdir -p "toy/results/main/seed$1"
-  for NAME in base round1 round2 round3; do
-    python - "runs/main/seed$1/eval/$NAME" "toy/results/main/seed$1/$NAME.json" <<'END'
-import json, sys  # per record: shares of right answers about the real image and the drawing, all right, caption score
-rows = [json.loads(line) for line in open(f"{sys.argv[1]}/answers.jsonl")]
-kept = [[r["id"], sum(r["und_right"]), sum(r["gen_right"]), len(r["questions"]), int(r["all_right"]), round(r["caption_score"], 4)]
-        for r in rows]
-json.dump({"columns": ["id", "understood", "drawn right", "questions", "everything right", "caption score"], "records": kept},
-          open(sys.argv[2], "w"))
-END
-  done
+  python toy/main_result.py --keep "runs/main/seed$1" > /dev/null
   echo "seed $1: done"
 }
 

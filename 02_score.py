@@ -19,15 +19,16 @@ import re
 import shutil
 from collections import Counter
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from model import (Ask, InputError, Pair, Question, Sample, Score, add_model_arguments, claim, load_from, load_tensors,
-                   map_records, model_inputs, parse_record, read_jsonl, reason, run, save_picture, sheet, to_pil,
-                   vqa_question, write_jsonl, write_text)
+from model import (CAPTION_QUESTION, Ask, InputError, Pair, Question, Sample, Score, Segment, add_model_arguments,
+                   answer_segment, claim, load_from, load_tensors, map_records, model_inputs, parse_record, read_jsonl,
+                   reason, run, save_picture, sheet, to_pil, vqa_question, write_jsonl, write_text)
 
 # ---------------------------------------------------------------------------------------------------- text similarity
 
@@ -204,6 +205,16 @@ def accuracy(answers: list[str], questions: list[Question], match) -> float:
     return sum(answered_right(answers, questions, match)) / len(questions)
 
 
+def likelihood(model, images, captions: list[str]) -> list[float]:
+    """How well the policy itself reads each caption from its image (N,): the geometric mean of the probabilities of the
+    caption's tokens and <|eot|>, in (0, 1). Not in the paper; needs no questions."""
+    prompt, tokens = model.tokens.ask(CAPTION_QUESTION), model.tokens
+    sums, counts = model.logprobs([[Segment(tokens.look(codes), bidirectional=True),
+                                    answer_segment(prompt, [*tokens.encode(caption), tokens.eot])]
+                                   for codes, caption in zip(images.tolist(), captions)])  # (B, 2) each
+    return (sums[:, 1] / counts[:, 1]).exp().tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------- curation
 
 
@@ -295,6 +306,8 @@ def parse_args():
     parser.add_argument("--previous", type=Path, help="pairs.jsonl of the last round, for self-play; joined by id")
     parser.add_argument("--caption-scorer", default="token-f1", help="token-f1, or an encoder: its [CLS] vectors")
     parser.add_argument("--matcher", default="text", help="text, or a sentence encoder that matches answers to choices")
+    parser.add_argument("--image-scorer", choices=["questions", "likelihood"], default="questions",
+                        help="share of questions answered right, or probability of the caption given the image")
     parser.add_argument("--question-model", help="writes questions for records that have none")
     parser.add_argument("--qa-model", help="filters the written questions")
     parser.add_argument("--min-image-score", type=float, default=0.6, help="the best image must be above it")
@@ -316,14 +329,20 @@ def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) 
     images = torch.cat(codes).to(model.device)
     if args.reencode:
         images = as_seen(model, vq, images)
-    per_image = [questions for questions, c in zip(asked, codes) for _ in range(len(c))]
-    answers = iter(answer_questions(model, images, per_image, args.max_new_tokens))
+    if args.image_scorer == "likelihood":
+        scores = iter(likelihood(model, images, [s.caption for s, c in zip(samples, codes) for _ in range(len(c))]))
+    else:
+        per_image = [questions for questions, c in zip(asked, codes) for _ in range(len(c))]
+        answers = iter(answer_questions(model, images, per_image, args.max_new_tokens))
     results = []
     for s, questions, c in zip(samples, asked, codes):
-        said = [next(answers) for _ in range(len(c))]
-        results.append(dict(id=s.id, questions=[vars(q) for q in questions], answers=said,
-                            caption_scores=similarity(s.captions, s.caption),
-                            image_scores=[accuracy(a, questions, match) for a in said] if questions else []))
+        result = dict(id=s.id, questions=[vars(q) for q in questions], caption_scores=similarity(s.captions, s.caption))
+        if args.image_scorer == "likelihood":
+            result |= dict(image_scores=[next(scores) for _ in range(len(c))], answers=[])
+        else:
+            said = [next(answers) for _ in range(len(c))]
+            result |= dict(image_scores=[accuracy(a, questions, match) for a in said] if questions else [], answers=said)
+        results.append(result)
     return results
 
 
@@ -332,13 +351,12 @@ def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previo
     pairs = []
     for s, score in zip(samples, scores):
         found = "no questions"
-        if score.questions:
+        if score.image_scores:
             ids = [[t for t in row if t >= 0] for row in tensors[f"{s.id}/captions"].tolist()]
             captions = [Candidate(*c) for c in zip(score.caption_scores, ids, s.captions)]
             wrong = [[q.question for q, r in zip(score.questions, answered_right(said, score.questions, match)) if not r]
-                     for said in score.answers]
-            images = [Candidate(score.image_scores[k], codes, "", wrong[k])
-                      for k, codes in enumerate(tensors[f"{s.id}/images"].tolist())]
+                     for said in score.answers] or [[]] * len(score.image_scores)
+            images = [Candidate(*c) for c in zip(score.image_scores, tensors[f"{s.id}/images"].tolist(), repeat(""), wrong)]
             found = curate(s, tensors[f"{s.id}/image"].tolist(), captions, images, previous.get(s.id), threshold)
         if isinstance(found, Pair):
             pairs.append(found)

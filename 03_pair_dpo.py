@@ -117,12 +117,12 @@ def loss_and_log(model, tokens, chunk, reference, args, device) -> tuple[torch.T
     """The loss of one micro-batch, and the figures to watch. reference: (B, 2, 3)."""
     loss, log = 0.0, {}
     halves = both_halves(model, tokens, chunk, device, args)
-    for half, (sums, counts), ref, nll_weight in zip(("und", "gen"), halves, reference.to(device).unbind(1),
-                                                     (args.nll_und, args.nll_gen)):
+    for half, (sums, counts), ref, weight, nll_weight in zip(("und", "gen"), halves, reference.to(device).unbind(1),
+                                                             (args.und, args.gen), (args.nll_und, args.nll_gen)):
         delta = margins(sums, ref)
         preference = preference_loss(delta, args.beta).mean()
         nll = -(sums[:, WIN] / counts[:, WIN]).mean()  # per token of the winner
-        loss = loss + preference + nll_weight * nll
+        loss = loss + weight * (preference + nll_weight * nll)
         change = (sums - ref).mean(0)
         log |= {f"loss_{half}": preference, f"nll_{half}": nll, f"margin_{half}": args.beta * delta.mean(),
                 f"accuracy_{half}": (delta > 0).float().mean(), f"win_change_{half}": change[WIN],
@@ -226,6 +226,8 @@ def parse_args():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="empty OUT first")
     parser.add_argument("--beta", type=float, default=0.2)
+    parser.add_argument("--und", type=float, default=1.0, help="weight of the understanding half; 0: generation only")
+    parser.add_argument("--gen", type=float, default=1.0, help="weight of the generation half; 0: understanding only")
     parser.add_argument("--nll-und", type=float, default=0.0, help="weight of the winning caption's NLL per token")
     parser.add_argument("--nll-gen", type=float, default=0.0, help="weight of the winning image's NLL per masked slot")
     parser.add_argument("--drop-text", type=float, default=0.1, help="share of records with an empty text, as Show-o")

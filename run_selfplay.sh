@@ -14,10 +14,10 @@ HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}
 JUDGE=${JUDGE:-toy}
 
 # The toy's settings; the stages' own defaults are the paper's.
-SAMPLE=${SAMPLE:---captions 8 --caption-settings 0:2.0 --max-new-tokens 20 --images 8 --steps 10 --guidance 0 --batch 16}
+SAMPLE=${SAMPLE:---captions 8 --caption-settings 0:2.0 --max-new-tokens 20 --images 8 --steps 16 --guidance 0 --batch 16}
 SCORE=${SCORE:---batch 4}
 DPO=${DPO:---beta 0.2 --lr 5e-5 --schedule linear --warmup 0.1 --epochs 3 --batch 16 --micro-batch 16 --nll-und 1 --nll-gen 1}
-EVAL=${EVAL:---steps 10 --guidance 0 --batch 32}
+EVAL=${EVAL:---steps 16 --guidance 0 --batch 32}
 
 # Full size, with the paper's settings (Show-o 512 px, JourneyDB):
 #   BASE=showlab/show-o-512x512 OUT=runs/show-o ROUNDS=3 LAUNCH="accelerate launch --num_processes 8" \

@@ -13,7 +13,6 @@ writes  OUT/samples.jsonl         the records with the captions as text
 
 import argparse
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,16 +58,11 @@ def sample_captions(model, codes, records: list[Record], args) -> list[list[list
 
 def sample_images(model, records: list[Record], args) -> torch.Tensor:
     """(B, K, N) codes of K drawings per record."""
-    K, how = args.images, drawing(args)
-    guidances = args.image_guidance or [how.guidance]
-    codes = torch.empty(len(records), K, model.tokens.image_tokens, dtype=torch.long, device=model.device)
-    for at, guidance in enumerate(guidances):
-        ks = range(at, K, len(guidances))
-        texts = [r.drawing_text for r in records for _ in ks]
-        seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in ks]
-        drawn = draw_images(model, texts, seeds, replace(how, guidance=guidance))
-        codes[:, at :: len(guidances)] = drawn.view(len(records), len(ks), -1)
-    return codes
+    K = args.images
+    texts = [r.drawing_text for r in records for _ in range(K)]
+    seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in range(K)]
+    codes = draw_images(model, texts, seeds, drawing(args))
+    return codes.view(len(records), K, -1)
 
 
 def save_samples(records, results: list[dict], tokens, out: Path) -> None:
@@ -138,8 +132,6 @@ def parse_args():
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--images", type=int, default=16, help="images per caption")
     add_drawing_arguments(parser)
-    parser.add_argument("--image-guidance", type=float, nargs="+", metavar="G",
-                        help="guidance of each image, in turn [--guidance for all]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--round", type=int, default=1, help="self-play round: enters all seeds")
     parser.add_argument("--batch", type=int, default=4, help="records at a time; does not change results")

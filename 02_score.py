@@ -206,8 +206,8 @@ def accuracy(answers: list[str], questions: list[Question], match) -> float:
 
 
 def likelihood(model, images, captions: list[str]) -> list[float]:
-    """How well the policy itself reads each caption from its image (N,): the geometric mean of the probabilities of the
-    caption's tokens and <|eot|>, in (0, 1). Not in the paper; needs no questions."""
+    """How well the policy itself reads each caption from its image, of (B, N): the geometric mean of the probabilities of
+    the caption's tokens and <|eot|>, in (0, 1). Not in the paper; needs no questions."""
     prompt, tokens = model.tokens.ask(CAPTION_QUESTION), model.tokens
     sums, counts = model.logprobs([[Segment(tokens.look(codes), bidirectional=True),
                                     answer_segment(prompt, [*tokens.encode(caption), tokens.eot])]
@@ -321,6 +321,17 @@ def parse_args():
     return args
 
 
+def judge_images(samples, asked, codes, images, model, match, args) -> list[tuple[list[float], list[list[str]]]]:
+    """Per record the scores of its K images, and the answers behind them; no scores without questions to ask."""
+    if args.image_scorer == "likelihood":
+        scores = iter(likelihood(model, images, [s.caption for s, c in zip(samples, codes) for _ in c]))
+        return [([next(scores) for _ in c], []) for c in codes]
+    answers = iter(answer_questions(model, images, [q for q, c in zip(asked, codes) for _ in c], args.max_new_tokens))
+    said = [[next(answers) for _ in c] for c in codes]
+    return [([accuracy(a, questions, match) for a in answered] if questions else [], answered)
+            for questions, answered in zip(asked, said)]
+
+
 def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) -> list[dict]:
     """Score fields of some records; tools = (caption scorer, answer matcher, question writer or None)."""
     similarity, match, questioner = tools
@@ -329,21 +340,10 @@ def score_records(samples: list[Sample], tensors: dict, model, vq, tools, args) 
     images = torch.cat(codes).to(model.device)
     if args.reencode:
         images = as_seen(model, vq, images)
-    if args.image_scorer == "likelihood":
-        scores = iter(likelihood(model, images, [s.caption for s, c in zip(samples, codes) for _ in range(len(c))]))
-    else:
-        per_image = [questions for questions, c in zip(asked, codes) for _ in range(len(c))]
-        answers = iter(answer_questions(model, images, per_image, args.max_new_tokens))
-    results = []
-    for s, questions, c in zip(samples, asked, codes):
-        result = dict(id=s.id, questions=[vars(q) for q in questions], caption_scores=similarity(s.captions, s.caption))
-        if args.image_scorer == "likelihood":
-            result |= dict(image_scores=[next(scores) for _ in range(len(c))], answers=[])
-        else:
-            said = [next(answers) for _ in range(len(c))]
-            result |= dict(image_scores=[accuracy(a, questions, match) for a in said] if questions else [], answers=said)
-        results.append(result)
-    return results
+    judged = judge_images(samples, asked, codes, images, model, match, args)
+    return [dict(id=s.id, questions=[vars(q) for q in questions], answers=said, image_scores=scores,
+                 caption_scores=similarity(s.captions, s.caption))
+            for s, questions, (scores, said) in zip(samples, asked, judged)]
 
 
 def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict, match, threshold: float):

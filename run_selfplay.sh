@@ -12,11 +12,12 @@ BASE=${BASE:-toy/base}               # the policy of round 0
 TRAIN=${TRAIN:-$OUT/preference/records.jsonl}
 HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}
 JUDGE=${JUDGE:-toy}
+PAIRS=${PAIRS:-fresh}                # fresh: this round's best and worst; self-play: against the last round's (Eq. 9-10)
 
 # The toy's settings; the stages' own defaults are the paper's.
 SAMPLE=${SAMPLE:---captions 8 --caption-settings 0:2.0 --max-new-tokens 20 --images 8 --steps 16 --guidance 0 --batch 16}
 SCORE=${SCORE:---batch 4}
-DPO=${DPO:---beta 0.2 --lr 5e-5 --schedule linear --warmup 0.1 --epochs 3 --batch 16 --micro-batch 16 --nll-und 1 --nll-gen 1}
+DPO=${DPO:---beta 0.2 --lr 5e-5 --schedule linear --warmup 0.1 --epochs 1 --batch 16 --micro-batch 16 --nll-und 1}
 EVAL=${EVAL:---steps 16 --guidance 0 --batch 32}
 
 # Full size, with the paper's settings (Show-o 512 px, JourneyDB):
@@ -48,7 +49,7 @@ for ROUND in $(seq 1 "$ROUNDS"); do
   $LAUNCH 02_score.py --model "$POLICY" --samples "$R/samples" --out "$R/pairs" ${PREVIOUS[@]+"${PREVIOUS[@]}"} $SCORE
   $LAUNCH 03_pair_dpo.py --model "$POLICY" --pairs "$R/pairs/pairs.jsonl" --round "$ROUND" --seed "$SEED" --out "$R/train" $DPO
   POLICY=$R/train/checkpoint
-  PREVIOUS=(--previous "$R/pairs/pairs.jsonl")
+  [ "$PAIRS" = fresh ] || PREVIOUS=(--previous "$R/pairs/pairs.jsonl")
   evaluate "$POLICY" "round$ROUND"
   EVALUATED+=("$OUT/eval/round$ROUND")
 done

@@ -1,9 +1,13 @@
-"""What all studies share: self-play rounds made of the repository's own stages, each result kept and never computed twice.
+"""What all studies share: self-play rounds made of the repository's own stages, every result kept and never computed twice.
 
 A stage's folder below runs/studies is named after everything that goes into it, so variants that begin alike share their
-beginning: all training recipes of one seed see the same samples and pairs. Interrupted studies continue.
+beginning: all training recipes of one seed see the same samples and pairs. An interrupted study continues.
+
+    python toy/studies/recipes.py             # runs what is missing, two at a time; writes toy/results/recipes.json; prints
+    python toy/studies/recipes.py --tables    # only prints the tables of the results that are there
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -14,25 +18,34 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "toy" / "studies")]
-from conftest import stage  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
 import switches  # noqa: E402
 from model import run  # noqa: E402
 from toy import world  # noqa: E402
 
-RUNS, RESULTS = Path("runs/studies"), Path("toy/results")
-STAGES = {name[:2]: stage(name) for name in ("01_sample", "02_score", "03_pair_dpo", "04_eval")}
+RUNS, RESULTS = Path("runs/studies"), ROOT / "toy" / "results"
+STAGES = {name[:2]: import_module(name) for name in ("01_sample", "02_score", "03_pair_dpo", "04_eval")}
 DEFAULTS = dict(re.findall(r"^(\w+)=\$\{\w+:-(-.*)\}$", (ROOT / "run_selfplay.sh").read_text(), re.M))
-COLUMNS = ["understood", "drawn right", "questions", "everything right", "caption score", "caption words"]
+METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
+FORKS = multiprocessing.get_context("forkserver")  # its children have imported everything already
+FORKS.set_forkserver_preload(["loop"])
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server looks for it
+
+
+# ---------------------------------------------------------------------------------------------------------------- stages
 
 
 def work(number: str, switch: str, arguments: list[str], log: str) -> None:
     """In a process of its own: a stage, with a switch of switches.py thrown."""
     sys.stdout = sys.stderr = open(log, "w")
-    import torch
     torch.set_num_threads(1)
     if switch:
         name, *values = switch.split()
@@ -58,8 +71,7 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
     with alone(out):
         if not Path(f"{out}.done").exists():
             arguments = [*shlex.split(options), *inputs, "--out", str(out)]
-            process = multiprocessing.get_context("forkserver").Process(
-                target=work, args=(number, switch, arguments, f"{out}.log"))
+            process = FORKS.Process(target=work, args=(number, switch, arguments, f"{out}.log"))
             process.start()
             process.join()
             if process.exitcode:
@@ -76,33 +88,130 @@ def records(split: str, n: int, seed: int) -> Path:
     return folder / "records.jsonl"
 
 
-def evaluate(model, seed: int, options: str = "") -> list[list]:
-    """Held-out counts of every record, as COLUMNS."""
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rounds
+
+
+def evaluate(model, seed: int, options: str = "") -> dict:
+    """Per held-out record, in their order: questions right about real image and drawing, of how many; whole drawing right;
+    caption score in thousandths. And the mean number of words of a caption."""
     out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records("eval", 600, 0))
-    with open(out / "answers.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [[sum(r["und_right"]), sum(r["gen_right"]), len(r["questions"]), int(r["all_right"]),
-             round(r["caption_score"], 4), len(r["caption"].split())] for r in rows]
+    rows = read(out / "answers.jsonl")
+    return {"understood": [sum(r["und_right"]) for r in rows], "drawn": [sum(r["gen_right"]) for r in rows],
+            "questions": [len(r["questions"]) for r in rows], "everything": [int(r["all_right"]) for r in rows],
+            "caption": [round(1000 * r["caption_score"]) for r in rows],
+            "words": round(sum(len(r["caption"].split()) for r in rows) / len(rows), 3)}
 
 
-def training(folder: Path) -> dict:
+def training(folder: Path, pairs: Path) -> dict:
     """What to watch: means over the last tenth of the steps."""
-    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
-    last = rows[-max(1, len(rows) // 10):]
-    return {k: round(sum(r[k] for r in last) / len(last), 4) for k in rows[0] if k != "step"} | {"steps": len(rows)}
+    rows = read(folder / "train.jsonl")
+    last = rows[-max(1, len(rows) // 10) :]
+    figures = {k: round(sum(r[k] for r in last) / len(last), 4) for k in rows[0] if k not in ("step", "lr")}
+    return {"pairs": len(read(pairs)), "steps": len(rows)} | figures
 
 
-def rounds(seed: int, n: int = 1, base="toy/base", sample="", score="", dpo="", evals=("",), switch="", n_records=512,
-           fixed_reference=False, self_play=True) -> dict:
-    """n rounds of self-play with some settings changed: {round: {"eval OPTIONS": records, "train": figures}}."""
-    policy, previous, found = Path(base), {}, {}
-    train = records("preference", n_records, seed)
+def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", switch="", fixed_reference=False,
+         self_play=False):
+    """n rounds of self-play, some settings changed from those of run_selfplay.sh; sampling and switch: what is thrown for
+    stage 1, and for stages 2 and 3. Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
+    policy, previous = Path(base), {}
+    train = records("preference", 512, seed)
     for r in range(1, n + 1):
-        samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", model=policy, records=train)
+        samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", sampling, model=policy, records=train)
         pairs = step("02", f"{DEFAULTS['SCORE']} {score}", switch, model=policy, samples=samples, **previous)
-        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", switch, model=policy,
-                       pairs=pairs / "pairs.jsonl", **(dict(reference=base) if fixed_reference and r > 1 else {}))
+        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", switch, model=policy, pairs=pairs / "pairs.jsonl",
+                       **(dict(reference=base) if fixed_reference and r > 1 else {}))
+        yield policy, samples, pairs, trained
         policy, previous = trained / "checkpoint", dict(previous=pairs / "pairs.jsonl") if self_play else {}
-        found[f"round{r}"] = {o: evaluate(policy, seed, o) for o in evals} | {"train": training(trained)}
-        found[f"round{r}"]["train"]["pairs"] = sum(1 for _ in open(pairs / "pairs.jsonl"))
+
+
+def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **how) -> dict:
+    """The evaluations of n rounds (see `play`) and of the base.
+
+    Returns {"base" or "round1", …: {options of the evaluation: what `evaluate` returns, "training": figures}}.
+    """
+    found = {"base": {o: evaluate(base, seed, o) for o in evals}}
+    for r, (_, _, pairs, trained) in enumerate(play(seed, n, base, **how), 1):
+        found[f"round{r}"] = {o: evaluate(trained / "checkpoint", seed, o) for o in evals}
+        found[f"round{r}"]["training"] = training(trained, pairs / "pairs.jsonl")
     return found
+
+
+# ------------------------------------------------------------------------------------------------------ results and tables
+
+
+def metrics(cell: dict) -> np.ndarray:
+    """(records, METRICS)"""
+    und, gen, n, right, caption = (np.array(cell[k], float) for k in list(cell)[:5])
+    return np.stack([und / n, gen / n, (und - gen) / n, right, caption / 1000], 1)
+
+
+def interval(values: np.ndarray, sign: str = "", draws: int = 10_000) -> str:
+    """values (seeds, records): the mean, and 95 % of the means over resampled seeds and records."""
+    rng, (S, N), means = np.random.default_rng(0), values.shape, []
+    for _ in range(draws // 100):  # a hundred draws of records for each draw of seeds
+        by_record = values[rng.integers(S, size=S)].mean(0)
+        means.append(by_record[rng.integers(N, size=(100, N))].mean(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return f"{values.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def markdown(rows: list[list[str]]) -> None:
+    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows[1:]))
+
+
+def tables(results: dict, against: str) -> None:
+    """Metrics of all variants, with the paired difference to the variant `against` (at the same round and evaluation)."""
+    rows, watched = [["", *METRICS, f"everything right, paired with {against}"]], []
+    for variant, by_seed in results.items():
+        for round_ in next(iter(by_seed.values())):
+            cells = [by_seed[s][round_] for s in by_seed]
+            for options in (o for o in cells[0] if o != "training"):
+                if round_ == "base" and variant != against and variant in results:
+                    if options in results[against][next(iter(by_seed))].get("base", {}):
+                        continue  # the same base
+                name = f"{variant}, {round_}" + (f", `{options}`" if options else "")
+                values = np.stack([metrics(c[options]) for c in cells])
+                row = [name, *(interval(values[..., m]) for m in range(len(METRICS)))]
+                theirs = [results[against].get(s, {}).get(round_, {}).get(options) for s in by_seed]
+                paired = variant != against and all(theirs)
+                row.append(interval(values[..., 3] - np.stack([metrics(c)[:, 3] for c in theirs]), "+") if paired else "")
+                rows.append(row)
+            if round_ != "base":
+                figures = {k: np.mean([c["training"][k] for c in cells]) for k in cells[0]["training"]}
+                words = np.mean([c[options]["words"] for c in cells])
+                watched.append([f"{variant}, {round_}", f"{figures['pairs']:.0f}", f"{figures['steps']:.0f}",
+                                *(f"{figures[k]:.2f}" for h in ("und", "gen") for k in
+                                  (f"win_change_{h}", f"lose_change_{h}", f"accuracy_{h}")), f"{words:.2f}"])
+    markdown(rows)
+    markdown([["last tenth of training", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose", "accuracy",
+               "words per caption, held out"], *watched])
+
+
+def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2)) -> dict:
+    """Run all variants (name -> settings of `rounds`) with all seeds, write toy/results/NAME.json, print the tables."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="print the tables of the results that are there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    file = RESULTS / f"{name}.json"
+    if not args.tables:
+        jobs = [(v, s) for v in variants for s in args.seeds]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            found = pool.map(lambda job: rounds(job[1], **variants[job[0]]), jobs)
+            results = {v: {} for v in variants}
+            for (v, s), result in zip(jobs, tqdm(found, total=len(jobs), desc=name)):
+                results[v][str(s)] = result
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"defaults": DEFAULTS, "variants": variants, "results": results}, separators=(",", ":"))
+        file.write_text(text + "\n", encoding="utf-8")
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    print(f"{name}: {len(next(iter(results.values())))} seeds")
+    tables(results, against)
+    return results

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE, Segment, image_segment, pack, random_mask, seed_of, uniforms
+from model import IGNORE, Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, uniforms
 
 # ----------------------------------------------------------------------------------------- the released code's defects
 
@@ -96,6 +96,23 @@ def product_loss(stages):
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes
+
+
+def guidance_in_turn(stages, *guidances):
+    """The K images of a record are drawn at different guidance."""
+    sampling = stages["01"]
+
+    def sample_images(model, records, args):
+        found = torch.empty(len(records), args.images, model.tokens.image_tokens, dtype=torch.long)
+        for at, guidance in enumerate(map(float, guidances)):
+            ks = range(at, args.images, len(guidances))
+            texts = [r.drawing_text for r in records for _ in ks]
+            seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in ks]
+            codes = draw_images(model, texts, seeds, dataclasses.replace(drawing(args), guidance=guidance))
+            found[:, at :: len(guidances)] = codes.view(len(records), len(ks), -1)
+        return found
+
+    sampling.sample_images = sample_images
 
 
 def masks(stages, K, complementary=False):

@@ -22,7 +22,7 @@ EVAL=${EVAL:---steps 16 --guidance 0 --batch 32}
 
 # Full size, with the paper's settings (Show-o 512 px, JourneyDB):
 #   BASE=showlab/show-o-512x512 OUT=runs/show-o ROUNDS=3 LAUNCH="accelerate launch --num_processes 8" \
-#   TRAIN=initial_data.json HELD_OUT=held_out.jsonl JUDGE=Qwen/Qwen2.5-VL-7B-Instruct \
+#   TRAIN=initial_data.json HELD_OUT=held_out.jsonl JUDGE=Qwen/Qwen2.5-VL-7B-Instruct PAIRS=self-play \
 #   SAMPLE="--questions vqa_data.json --dtype bfloat16" \
 #   SCORE="--dtype bfloat16 --reencode --caption-scorer google-bert/bert-large-uncased
 #          --matcher sentence-transformers/all-mpnet-base-v2" \

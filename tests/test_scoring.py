@@ -397,6 +397,18 @@ def test_stage_scores_and_pairs(score_stage):
                               pytest.approx(0.2), [5, 1], [1, 1], 1.0, 0.2, [], ["q1?", "q2?", "q3?", "q4?"])
 
 
+def test_stage_scores_by_likelihood(score_stage, monkeypatch):
+    """No question is asked, so a record without any gives a pair, too; each image meets its own record's caption."""
+    monkeypatch.setattr(scoring, "answer_questions", None)
+    monkeypatch.setattr(scoring, "likelihood", lambda model, images, captions: [
+        (code[0] + (caption == "a ring")) / 10 for code, caption in zip(images.tolist(), captions)])
+    pairs, scores = score_stage("--image-scorer", "likelihood", "--min-image-score", 0.5)
+    assert scores["b"].image_scores == [0.2, 0.5, 0.1, 0.4] and scores["b"].answers == []
+    assert scores["b"].dropped == "images: best score is not above 0.5"
+    assert scores["d"].image_scores == [0.3, 0.6, 0.2, 0.5] and list(pairs) == ["d"]
+    assert (pairs["d"].win_image_codes, pairs["d"].lose_image_codes, pairs["d"].win_image_wrong) == ([5, 3], [1, 3], [])
+
+
 def test_stage_does_not_depend_on_the_batch(score_stage):
     assert score_stage("--batch", 3, out="three") == score_stage("--batch", 1, out="one")
 

@@ -225,7 +225,7 @@ def test_defaults_are_those_of_the_loop():
 def test_every_switch_of_the_studies_is_there():
     for name in ("ablations", "bases", "details", "guidance", "over_rounds", "recipes", "scorer", "why"):
         for how in import_module(name).VARIANTS.values():
-            for thrown in filter(None, (how.get("switch"), how.get("sampling"))):
+            for thrown in filter(None, (how.get(k) for k in ("sampling", "scoring", "training"))):
                 assert callable(getattr(switches, thrown.split()[0]))
 
 

@@ -106,24 +106,24 @@ def evaluate(model, seed: int, options: str = "") -> dict:
             "words": round(sum(len(r["caption"].split()) for r in rows) / len(rows), 3)}
 
 
-def training(folder: Path, pairs: Path) -> dict:
+def figures(folder: Path, pairs: Path) -> dict:
     """What to watch: means over the last tenth of the steps."""
     rows = read(folder / "train.jsonl")
     last = rows[-max(1, len(rows) // 10) :]
-    figures = {k: round(sum(r[k] for r in last) / len(last), 4) for k in rows[0] if k not in ("step", "lr")}
-    return {"pairs": len(read(pairs)), "steps": len(rows)} | figures
+    means = {k: round(sum(r[k] for r in last) / len(last), 4) for k in rows[0] if k not in ("step", "lr")}
+    return {"pairs": len(read(pairs)), "steps": len(rows)} | means
 
 
-def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", switch="", fixed_reference=False,
-         self_play=False):
-    """n rounds of self-play, some settings changed from those of run_selfplay.sh; sampling and switch: what is thrown for
-    stage 1, and for stages 2 and 3. Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
+def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="", training="",
+         fixed_reference=False, self_play=False):
+    """n rounds of self-play. sample, score, dpo: options that differ from run_selfplay.sh; sampling, scoring, training: what is
+    thrown of switches.py. Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
     policy, previous = Path(base), {}
     train = records("preference", 512, seed)
     for r in range(1, n + 1):
         samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", sampling, model=policy, records=train)
-        pairs = step("02", f"{DEFAULTS['SCORE']} {score}", switch, model=policy, samples=samples, **previous)
-        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", switch, model=policy, pairs=pairs / "pairs.jsonl",
+        pairs = step("02", f"{DEFAULTS['SCORE']} {score}", scoring, model=policy, samples=samples, **previous)
+        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", training, model=policy, pairs=pairs / "pairs.jsonl",
                        **(dict(reference=base) if fixed_reference and r > 1 else {}))
         yield policy, samples, pairs, trained
         policy, previous = trained / "checkpoint", dict(previous=pairs / "pairs.jsonl") if self_play else {}
@@ -137,7 +137,7 @@ def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **how) -> dict:
     found = {"base": {o: evaluate(base, seed, o) for o in evals}}
     for r, (_, _, pairs, trained) in enumerate(play(seed, n, base, **how), 1):
         found[f"round{r}"] = {o: evaluate(trained / "checkpoint", seed, o) for o in evals}
-        found[f"round{r}"]["training"] = training(trained, pairs / "pairs.jsonl")
+        found[f"round{r}"]["training"] = figures(trained, pairs / "pairs.jsonl")
     return found
 
 
@@ -166,31 +166,31 @@ def markdown(rows: list[list[str]]) -> None:
 
 
 def tables(results: dict, against: str) -> None:
-    """Metrics of all variants, with the paired difference to the variant `against` (at the same round and evaluation)."""
-    rows, watched = [["", *METRICS, f"everything right, paired with {against}"]], []
+    """Metrics of all variants, paired with the variant `against` at the same round and evaluation; then training figures."""
+    scores = [["", *METRICS, f"everything right, against {against}"]]
+    watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose", "accuracy",
+                "words per held-out caption"]]
     for variant, by_seed in results.items():
         for round_ in next(iter(by_seed.values())):
-            cells = [by_seed[s][round_] for s in by_seed]
+            cells = [found[round_] for found in by_seed.values()]
+            others = [results[against][seed].get(round_, {}) for seed in by_seed]
             for options in (o for o in cells[0] if o != "training"):
-                if round_ == "base" and variant != against and variant in results:
-                    if options in results[against][next(iter(by_seed))].get("base", {}):
-                        continue  # the same base
-                name = f"{variant}, {round_}" + (f", `{options}`" if options else "")
-                values = np.stack([metrics(c[options]) for c in cells])
-                row = [name, *(interval(values[..., m]) for m in range(len(METRICS)))]
-                theirs = [results[against].get(s, {}).get(round_, {}).get(options) for s in by_seed]
-                paired = variant != against and all(theirs)
-                row.append(interval(values[..., 3] - np.stack([metrics(c)[:, 3] for c in theirs]), "+") if paired else "")
-                rows.append(row)
+                paired = variant != against and all(options in other for other in others)
+                if round_ == "base" and paired and all(c[options] == o[options] for c, o in zip(cells, others)):
+                    continue  # the same base
+                values = np.stack([metrics(c[options]) for c in cells])  # (seeds, records, METRICS)
+                row = [f"{variant}, {round_}" + (f", `{options}`" if options else "")]
+                row += [interval(values[..., m]) for m in range(len(METRICS))]
+                theirs = np.stack([metrics(o[options])[:, 3] for o in others]) if paired else None
+                scores.append([*row, interval(values[..., 3] - theirs, "+") if paired else ""])
             if round_ != "base":
-                figures = {k: np.mean([c["training"][k] for c in cells]) for k in cells[0]["training"]}
-                words = np.mean([c[options]["words"] for c in cells])
-                watched.append([f"{variant}, {round_}", f"{figures['pairs']:.0f}", f"{figures['steps']:.0f}",
-                                *(f"{figures[k]:.2f}" for h in ("und", "gen") for k in
-                                  (f"win_change_{h}", f"lose_change_{h}", f"accuracy_{h}")), f"{words:.2f}"])
-    markdown(rows)
-    markdown([["last tenth of training", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose", "accuracy",
-               "words per caption, held out"], *watched])
+                mean = {k: np.mean([c["training"][k] for c in cells]) for k in cells[0]["training"]}
+                changes = [f"{mean[f'{what}_{half}']:.2f}" for half in ("und", "gen")
+                           for what in ("win_change", "lose_change", "accuracy")]
+                words = np.mean([next(iter(c.values()))["words"] for c in cells])
+                watched.append([f"{variant}, {round_}", f"{mean['pairs']:.0f}", f"{mean['steps']:.0f}", *changes, f"{words:.2f}"])
+    markdown(scores)
+    markdown(watched)
 
 
 def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2)) -> dict:

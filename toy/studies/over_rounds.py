@@ -13,4 +13,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    loop.study("over_rounds", VARIANTS, against="toy's settings", seeds=(0, 1))
+    loop.study("over_rounds", VARIANTS, against="toy's settings", seeds=(0,))

@@ -123,8 +123,9 @@ def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampli
     for r in range(1, n + 1):
         samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", sampling, model=policy, records=train)
         pairs = step("02", f"{DEFAULTS['SCORE']} {score}", scoring, model=policy, samples=samples, **previous)
-        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", training, model=policy, pairs=pairs / "pairs.jsonl",
-                       **(dict(reference=base) if fixed_reference and r > 1 else {}))
+        reference = dict(reference=base) if fixed_reference and r > 1 else {}
+        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", training, model=policy,
+                       pairs=pairs / "pairs.jsonl", **reference)
         yield policy, samples, pairs, trained
         policy, previous = trained / "checkpoint", dict(previous=pairs / "pairs.jsonl") if self_play else {}
 
@@ -168,8 +169,8 @@ def markdown(rows: list[list[str]]) -> None:
 def tables(results: dict, against: str) -> None:
     """Metrics of all variants, paired with the variant `against` at the same round and evaluation; then training figures."""
     scores = [["", *METRICS, f"everything right, against {against}"]]
-    watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose", "accuracy",
-                "words per held-out caption"]]
+    watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose",
+                "accuracy", "words per held-out caption"]]
     for variant, by_seed in results.items():
         for round_ in next(iter(by_seed.values())):
             cells = [found[round_] for found in by_seed.values()]

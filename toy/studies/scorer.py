@@ -80,8 +80,8 @@ def main():
                 score = cells["oracle" if name.startswith("the oracle") else name]
                 rows.append(agreement(score, cells["oracle"], cells["right"]))
             mean, low, high = np.mean(rows, 0), np.min(rows, 0), np.max(rows, 0)
-            table.append([f"round {r}: {name}", f"{mean[0]:.0f}"] + [f"{m:.3f} ({a:.3f}–{b:.3f})" for m, a, b in
-                                                                  zip(mean[1:], low[1:], high[1:])])
+            table.append([f"round {r}: {name}", f"{mean[0]:.0f}"])
+            table[-1] += [f"{m:.3f} ({a:.3f}–{b:.3f})" for m, a, b in zip(mean[1:], low[1:], high[1:])]
     loop.markdown(table)
     print("\nmean over seeds (lowest–highest); 512 records with 8 drawings each")
 

@@ -1,7 +1,7 @@
 """Switches for the studies alone: defects of the released code, one at a time, and recipes that the stages do not offer.
 
-Each function changes the imported stages of one process, {"02": module, "03": module, …}, before they run. The stage scripts know
-nothing of them. A study throws one by name, with its arguments: "masks 4".
+Each function changes the imported stages of one process, {"02": module, "03": module, …}, before they run. The stage
+scripts know nothing of them. A study throws one by name, with its arguments: "masks 4".
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def guided(stages, guidance):
 
 
 def filtered(stages, what, least):
-    """Only pairs whose images' scores ("gap"), captions' scores ("caption_gap") or image codes ("codes") differ at least so much."""
+    """Only pairs whose images' scores ("gap"), captions' scores ("caption_gap") or codes ("codes") differ at least so much."""
     curate, least = stages["02"].curate, float(least)
     difference = {"gap": lambda p: p.win_image_score - p.lose_image_score,
                   "caption_gap": lambda p: p.win_caption_score - p.lose_caption_score,

@@ -1,4 +1,4 @@
-"""What concerns later rounds: whom the new best meets, and which model is the reference.
+"""What concerns later rounds: whom the new best meets, which model is the reference, how much one round trains.
 
     python toy/studies/over_rounds.py        # or --tables
 """
@@ -9,6 +9,7 @@ VARIANTS = {
     "toy's settings": dict(n=3),
     "self-play pairs (Eq. 9-10)": dict(n=3, self_play=True),
     "reference fixed to the base": dict(n=3, fixed_reference=True),
+    "3 epochs a round": dict(n=3, dpo="--epochs 3"),
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 
 from model import IGNORE, Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, uniforms
 
+
+def understanding(dpo, tokens, chunk, device) -> dict:
+    """The understanding half of a micro-batch, as stage 3 packs it."""
+    return pack([dpo.understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
+
+
 # ----------------------------------------------------------------------------------------- the released code's defects
 
 
@@ -30,7 +36,7 @@ def mismatched_dropout(stages):
             for k, image in enumerate(images):
                 u = uniforms(seed_of(args.seed, args.round, pair.id, epoch, "drop", k), 1).item()
                 rows.append([Segment(tokens.draw("" if u < args.drop_text else pair.drawing_text)), image])
-        und = pack([dpo.understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
+        und = understanding(dpo, tokens, chunk, device)
         und, (sums, counts) = model(und, pack(rows, tokens.pad, device))
         return und, tuple(F.pad(x[:, 1].view(-1, 2), (1, 0)) for x in (sums, counts))  # (2B, 2) -> (B, 3)
 
@@ -131,7 +137,7 @@ def masks(stages, K, complementary=False):
         return [prefix, *images]
 
     def both_halves(model, tokens, chunk, device, args):
-        und = pack([dpo.understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
+        und = understanding(dpo, tokens, chunk, device)
         gen = pack([generation_row(tokens, pair, epoch, args) for pair, epoch in chunk], tokens.pad, device)
         und, gen = model(und, gen)
         return und, tuple(F.pad(x[:, 1:].unflatten(1, (K, 2)).mean(1), (1, 0)) for x in gen)  # (B, 1+2K) -> (B, 3)
@@ -163,7 +169,7 @@ def guided(stages, guidance):
     dpo, g = stages["03"], float(guidance)
 
     def both_halves(model, tokens, chunk, device, args):
-        und = pack([dpo.understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
+        und = understanding(dpo, tokens, chunk, device)
         rows = [dpo.generation_row(tokens, pair, epoch, args) for pair, epoch in chunk]
         blank = [[Segment(tokens.draw("")), *images] for _, *images in rows]
         cond, blank = (pack(r, tokens.pad, device) for r in (rows, blank))

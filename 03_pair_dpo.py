@@ -12,7 +12,8 @@ Per record, with Δ = [log π(win) − log π_ref(win)] − [log π(lose) − lo
     loss = −log σ(β Δ_und) − log σ(β Δ_gen)     (Eq. 12; Eq. 6 and 15 print one σ of a product)
 
 Text: the sum over answer tokens and <|eot|>, in the very format that was sampled. Image: the sum over the slots of one
-random mask, the same for win and lose, policy and reference. Defaults are the paper's.
+random mask, the same for win and lose, policy and reference. With --guidance, image log-probs are those of the guided
+policy, which is what guided drawings are drawn from. Defaults are the paper's.
 """
 
 import argparse
@@ -88,7 +89,11 @@ def micro_batches(step: int, args, accelerator) -> list[range]:
 def both_halves(model, tokens, chunk, device, args):
     """Log-probs of one micro-batch: (B, 3) sums and (B, 3) counts for understanding, then for generation."""
     und = pack([understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
-    gen = pack([generation_row(tokens, pair, epoch, args) for pair, epoch in chunk], tokens.pad, device)
+    rows = [generation_row(tokens, pair, epoch, args) for pair, epoch in chunk]
+    gen = pack(rows, tokens.pad, device)
+    if args.guidance:
+        untold = [[Segment(tokens.draw("")), *images] for _, *images in rows]
+        gen |= dict(untold=pack(untold, tokens.pad, device), guidance=args.guidance)
     return model(und, gen)
 
 
@@ -231,6 +236,8 @@ def parse_args():
     parser.add_argument("--nll-und", type=float, default=0.0, help="weight of the winning caption's NLL per token")
     parser.add_argument("--nll-gen", type=float, default=0.0, help="weight of the winning image's NLL per masked slot")
     parser.add_argument("--drop-text", type=float, default=0.1, help="share of records with an empty text, as Show-o")
+    parser.add_argument("--guidance", type=float, default=0.0, help="image log-probs under the policy guided by this "
+                        "much, (1 + g)·cond − g·uncond; the paper trains without, whatever it draws with")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--epochs", type=float, help="instead of --steps: passes over the pairs")
     parser.add_argument("--batch", type=int, default=32, help="records per step, over all processes (paper: 8 x 4)")

@@ -6,7 +6,7 @@ writes  OUT/answers.jsonl   per record: the caption, every answer about the real
         OUT/metrics.json    understanding, caption score, generation, gap; each with a bootstrap 95 % interval
         OUT/images          the first drawings, for people
 
-    python 04_eval.py --model toy/base --records runs/toy/held_out/records.jsonl --steps 10 --guidance 0 --out runs/base
+    python 04_eval.py --model toy/base --records runs/toy/held_out/records.jsonl --steps 16 --guidance 0 --out runs/base
     python 04_eval.py --compare runs/toy/eval/base runs/toy/eval/round1 --out runs/toy/eval    # table and picture
     python 04_eval.py --report runs/toy                                                       # report.html of a run
     python 04_eval.py --benchmark pope --data POPE --model runs/toy/round2/train/checkpoint --out runs/pope

@@ -835,21 +835,30 @@ class Showo(nn.Module):
         """Log-probabilities of packed rows: per pack, sums and label counts per segment, both (B, S+1) float32."""
         return [self.segment_logprobs(**p) for p in packs]
 
-    def segment_logprobs(self, ids, targets, positions, segments, layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """log softmax over the whole vocabulary, as in training; the head runs only where there is a label."""
-        hidden = self.hidden(ids, positions, layout=layout)
+    def segment_logprobs(self, ids, targets, positions, segments, layout, untold=None,
+                         guidance=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """log softmax over the whole vocabulary, as in training; the head runs only where there is a label.
+
+        untold: the pack of the same images behind an empty text. With it, the log-probs are those of the guided policy that
+        `unmask` draws from: log softmax over image codes of (1 + guidance)·cond − guidance·uncond.
+        """
         labelled = targets != IGNORE
-        logprobs = self.label_logprobs(hidden[labelled], targets[labelled])  # (M,), M labels
+        hidden, labels = self.hidden(ids, positions, layout=layout)[labelled], targets[labelled]  # (M, D), (M,), M labels
+        head = self.showo.lm_head
+        if untold:
+            without = self.hidden(untold["ids"], untold["positions"], layout=untold["layout"])[untold["targets"] != IGNORE]
+            hidden, labels, head = hidden + guidance * (hidden - without), labels - self.tokens.first_code, self.code_logits
+        logprobs = self.label_logprobs(hidden, labels, head)  # (M,)
         B, S = len(ids), layout.branches + 1
         slot = (torch.arange(B, device=ids.device)[:, None] * S + segments)[labelled]  # (M,)
         sums = torch.zeros(B * S, device=ids.device).index_add(0, slot, logprobs)
         counts = torch.zeros(B * S, device=ids.device).index_add(0, slot, torch.ones_like(logprobs))
         return sums.view(B, S), counts.view(B, S)
 
-    def label_logprobs(self, hidden, labels, at_once: int = 2048) -> torch.Tensor:
+    def label_logprobs(self, hidden, labels, head, at_once: int = 2048) -> torch.Tensor:
         """(M, D), (M,) -> (M,) log-probs. (at_once, V) logits exist at a time: backward computes them again."""
         def some(hidden, labels):
-            return -F.cross_entropy(self.showo.lm_head(hidden).float(), labels, reduction="none")
+            return -F.cross_entropy(head(hidden).float(), labels, reduction="none")
 
         if len(labels) <= at_once:
             return some(hidden, labels)

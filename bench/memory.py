@@ -33,7 +33,8 @@ def saved_bytes(model, packs, labels) -> tuple[int, int]:
             total = 0.0
             for p, count in zip(packs, labels):
                 hidden = model.hidden(p["ids"], p["positions"], layout=p["layout"])
-                total = total + model.label_logprobs(hidden.flatten(0, 1)[:count], p["ids"].flatten()[:count]).sum()
+                total = total + model.label_logprobs(hidden.flatten(0, 1)[:count], p["ids"].flatten()[:count],
+                                                      model.showo.lm_head).sum()
         total.backward()
     return sum(n for n, _ in kept.values()), flops.get_total_flops()
 

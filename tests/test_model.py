@@ -127,6 +127,31 @@ def test_packed_logprobs_equal_separate_forwards(model, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_guided_logprobs_equal_separate_forwards(model, monkeypatch):
+    """The probabilities that a guided drawing is drawn from: two full sequences, with text and without, mixed over codes."""
+    tokens, (_, rows), g = model.tokens, pair_rows(model), 2.0
+    untold = [[Segment(tokens.draw("")), *images] for _, *images in rows]
+    separate = []
+    for row, blank in zip(rows, untold):
+        for branch in (1, 2):
+            (ids, targets, attend), (blank_ids, _, blank_attend) = (plain.sequence(tokens, r, branch) for r in (row, blank))
+            cond, uncond = plain.logits_of(model, ids, attend), plain.logits_of(model, blank_ids, blank_attend)
+            logits = ((1 + g) * cond - g * uncond)[targets != IGNORE][:, tokens.first_code : tokens.mask]  # (M, C)
+            codes = targets[targets != IGNORE] - tokens.first_code
+            separate.append(logits.log_softmax(-1).gather(1, codes[:, None]).sum())
+    separate, weights = torch.stack(separate).view(2, 2), torch.arange(4.0).view(2, 2) - 1
+    theirs = gradients(model, (separate * weights).sum())
+    packs = [pack(r, tokens.pad) for r in (rows, untold)]
+    plainly, _ = model(packs[0])[0]
+    for at_once in (2048, 3):
+        monkeypatch.setattr(Showo.label_logprobs, "__defaults__", (at_once,))
+        sums, counts = model(packs[0] | dict(untold=packs[1], guidance=g))[0]
+        torch.testing.assert_close(sums[:, 1:], separate, rtol=1e-4, atol=1e-4)
+        for a, b in zip(gradients(model, (sums[:, 1:] * weights).sum()), theirs):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert torch.equal(counts, model(packs[0])[0][1]) and (sums - plainly)[:, 1:].abs().min() > 0.1
+
+
 def test_counts_are_the_labels(model):
     for rows in pair_rows(model):
         _, counts = model.logprobs(rows)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,9 +162,10 @@ def test_several_processes_sample_and_score_the_same(world, sampled, paired, pro
 
 
 def test_several_processes_train_the_same(world, paired):
-    """One process, two, three, and two that share out parameters, gradients and optimizer (bench/fsdp.yaml)."""
+    """One process, two, three, and two that share out parameters, gradients and optimizer (bench/fsdp.yaml); with guidance."""
     arguments = ("--model", world / "base", "--pairs", paired / "pairs.jsonl", "--steps", 4, "--batch", 6, "--micro-batch", 1,
-                 "--lr", 1e-3, "--nll-gen", 0.1, "--device", "cpu", "--save-every", 2, "--out")
+                 "--lr", 1e-3, "--nll-gen", 0.1, "--guidance", 1.5, "--device", "cpu", "--save-every", 2,
+                 "--out")
     main(dpo, *arguments, world / "train-1")
     for n in (2, 3):
         launch(n, "03_pair_dpo.py", *arguments, world / f"train-{n}")
@@ -290,6 +292,25 @@ def test_another_reference(world, paired, trained):
     assert read_log(out)[0]["loss_und"] < math.log(2) - 0.05
     ours, base = (load_file(f / "reference.safetensors")["logprobs"] for f in (out, trained))
     torch.testing.assert_close(ours, base, rtol=1e-4, atol=1e-4)
+
+
+def test_training_on_guided_logprobs(world, paired, trained):
+    """The image half changes, the captions' does not; a dropped text leaves nothing to guide towards."""
+    model, _ = load(world / "base")
+    chunk = [(pair, 0) for pair in read_jsonl(paired / "pairs.jsonl", Pair)]
+
+    def halves(guidance, drop_text):
+        args = SimpleNamespace(seed=0, round=1, drop_text=drop_text, guidance=guidance)
+        with torch.no_grad():
+            return [sums for sums, _ in dpo.both_halves(model, model.tokens, chunk, "cpu", args)]
+
+    (und, gen), (und_guided, gen_guided) = halves(0, 0), halves(2, 0)
+    assert torch.equal(und, und_guided) and (gen - gen_guided)[:, 1:].abs().min() > 0.01
+    torch.testing.assert_close(halves(1, 1)[1], halves(3, 1)[1], rtol=1e-4, atol=1e-4)
+    out = world / "train-guided"
+    main(dpo, "--model", world / "base", "--pairs", paired / "pairs.jsonl", "--out", out, "--guidance", 1.5, *TRAINING)
+    assert read_log(out)[0]["loss_gen"] == pytest.approx(math.log(2), abs=1e-6)
+    assert read_log(out)[-1]["loss_gen"] < math.log(2) - 0.05
 
 
 def test_masks_and_drops_are_shared_and_seeded(world, paired):

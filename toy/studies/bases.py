@@ -10,4 +10,4 @@ BOTH = dict(evals=("", "--guidance 2"))
 VARIANTS = {f"{n} steps": BOTH | dict(base=f"runs/bases/step-{n}") for n in (1000, 2000)} | {"3000 steps, toy/base": BOTH}
 
 if __name__ == "__main__":
-    loop.study("bases", VARIANTS, against="3000 steps, toy/base", seeds=(0,))
+    loop.study("bases", VARIANTS, against="3000 steps, toy/base")

@@ -10,10 +10,10 @@ VARIANTS = {
     "toy's settings": BOTH,
     "sampled at 2": BOTH | dict(sample="--guidance 2"),
     "sampled at 0 and 2 in turn": BOTH | dict(sampling="guidance_in_turn 0 2"),
-    "trained at 2": BOTH | dict(training="guided 2"),
-    "sampled and trained at 2": BOTH | dict(sample="--guidance 2", training="guided 2"),
-    "sampled and trained at 2, NLL on the image": BOTH | dict(sample="--guidance 2", training="guided 2", dpo="--nll-gen 1"),
+    "trained at 2": BOTH | dict(dpo="--guidance 2"),
+    "sampled and trained at 2": BOTH | dict(sample="--guidance 2", dpo="--guidance 2"),
+    "sampled and trained at 2, NLL on the image": BOTH | dict(sample="--guidance 2", dpo="--guidance 2 --nll-gen 1"),
 }
 
 if __name__ == "__main__":
-    loop.study("guidance", VARIANTS, against="toy's settings", seeds=(0,))
+    loop.study("guidance", VARIANTS, against="toy's settings")

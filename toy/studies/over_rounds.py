@@ -9,8 +9,9 @@ VARIANTS = {
     "toy's settings": dict(n=3),
     "self-play pairs (Eq. 9-10)": dict(n=3, self_play=True),
     "reference fixed to the base": dict(n=3, fixed_reference=True),
+    "lr 1e-4": dict(n=3, dpo="--lr 1e-4"),
     "3 epochs a round": dict(n=3, dpo="--epochs 3"),
 }
 
 if __name__ == "__main__":
-    loop.study("over_rounds", VARIANTS, against="toy's settings", seeds=(0,))
+    loop.study("over_rounds", VARIANTS, against="toy's settings")

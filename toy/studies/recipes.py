@@ -17,6 +17,9 @@ VARIANTS = {
     "image scores differ by 0.3": dict(scoring="filtered gap 0.3"),
     "caption scores differ by 0.3": dict(scoring="filtered caption_gap 0.3"),
     "images differ in 3 slots": dict(scoring="filtered codes 3"),
+    "image scores differ by 0.3, 24 steps": dict(scoring="filtered gap 0.3", dpo="--epochs 0 --steps 24"),
+    "caption scores differ by 0.3, 24 steps": dict(scoring="filtered caption_gap 0.3", dpo="--epochs 0 --steps 24"),
+    "images differ in 3 slots, 24 steps": dict(scoring="filtered codes 3", dpo="--epochs 0 --steps 24"),
     "beta 0.05": dict(dpo="--beta 0.05"),
     "beta 1": dict(dpo="--beta 1"),
     "lr 2e-5": dict(dpo="--lr 2e-5"),
@@ -25,4 +28,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    loop.study("recipes", VARIANTS, against="toy's settings", seeds=(0, 1))
+    loop.study("recipes", VARIANTS, against="toy's settings")

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE, Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, uniforms
+from model import Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, uniforms
 
 
 def understanding(dpo, tokens, chunk, device) -> dict:
@@ -162,31 +162,6 @@ def label_smoothing(stages, share):
     share = float(share)
     stages["03"].preference_loss = lambda delta, beta: -((1 - share) * F.logsigmoid(beta * delta)
                                                          + share * F.logsigmoid(-beta * delta))
-
-
-def guided(stages, guidance):
-    """The image's log-prob is that of the guided policy, (1 + g)·cond − g·uncond over image codes: what sampling uses."""
-    dpo, g = stages["03"], float(guidance)
-
-    def both_halves(model, tokens, chunk, device, args):
-        und = understanding(dpo, tokens, chunk, device)
-        rows = [dpo.generation_row(tokens, pair, epoch, args) for pair, epoch in chunk]
-        blank = [[Segment(tokens.draw("")), *images] for _, *images in rows]
-        cond, blank = (pack(r, tokens.pad, device) for r in (rows, blank))
-
-        def hidden(p):  # (M, D) at the labels, in the same order for both
-            return model.hidden(p["ids"], p["positions"], layout=p["layout"])[p["targets"] != IGNORE]
-
-        at = cond["targets"] != IGNORE
-        mixed = (1 + g) * hidden(cond) - g * hidden(blank)
-        logprobs = model.code_logits(mixed).log_softmax(-1)
-        logprobs = logprobs.gather(1, (cond["targets"][at] - tokens.first_code)[:, None])[:, 0]  # (M,)
-        slot = (torch.arange(len(rows), device=at.device)[:, None] * 3 + cond["segments"])[at]
-        sums, counts = (torch.zeros(len(rows) * 3, device=at.device).index_add(0, slot, x).view(-1, 3)
-                        for x in (logprobs, torch.ones_like(logprobs)))
-        return model(und)[0], (sums, counts)
-
-    dpo.both_halves = both_halves
 
 
 def filtered(stages, what, least):

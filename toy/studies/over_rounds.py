@@ -12,7 +12,6 @@ VARIANTS = {
     "lr 1e-4": dict(n=3, dpo="--lr 1e-4"),
     "3 epochs a round": dict(n=3, dpo="--epochs 3"),
     "3 epochs, self-play pairs": dict(n=3, self_play=True, dpo="--epochs 3"),
-    "3 epochs, self-play pairs, NLL on the image": dict(n=3, self_play=True, dpo="--epochs 3 --nll-gen 1"),
 }
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def parse_args():
     parser.add_argument("--nll-gen", type=float, default=0.0, help="weight of the winning image's NLL per masked slot")
     parser.add_argument("--drop-text", type=float, default=0.1, help="share of records with an empty text, as Show-o")
     parser.add_argument("--guidance", type=float, default=0.0, help="image log-probs under the policy guided by this "
-                        "much, (1 + g)·cond − g·uncond; the paper trains without, whatever it draws with")
+                        "much, (1 + g)·cond − g·uncond, at the price of a second generation half; paper: 0")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--epochs", type=float, help="instead of --steps: passes over the pairs")
     parser.add_argument("--batch", type=int, default=32, help="records per step, over all processes (paper: 8 x 4)")

@@ -1,5 +1,6 @@
 """The switches of the studies do what they say, and nothing else; the figures of their tables are right."""
 
+import json
 import math
 import sys
 from importlib import import_module
@@ -16,9 +17,13 @@ from tiny import tiny_model
 sys.path.insert(0, str(ROOT / "toy" / "studies"))
 import loop  # noqa: E402
 import switches  # noqa: E402
+import tables  # noqa: E402
+from main_result import mcnemar  # noqa: E402
 from model import Pair, Question, Sample, Score, image_segment  # noqa: E402
 from scorer import agreement, ranks, spearman  # noqa: E402
+from toy import world  # noqa: E402
 
+STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "over_rounds", "recipes", "scorer", "why")
 ARGS = SimpleNamespace(seed=3, round=1, drop_text=0.5, beta=0.2, und=1.0, gen=1.0, nll_und=0.0, nll_gen=0.0, guidance=0.0)
 
 
@@ -186,6 +191,22 @@ def test_filters(stages, what, least, kept):
     assert stages["02"].curate() == (pair if kept else f"filtered: {what} below {float(least)}")
 
 
+def test_chosen_by_oracle(stages):
+    """A drawing of exactly the caption's scene has score 1; an object too many, or another colour, 0. The rest stays."""
+    one, two, other = (np.full((4, 4), world.EMPTY) for _ in range(3))
+    one[1, 2] = two[1, 2] = two[3, 3] = world.NAMES["big red ring"]
+    other[1, 2] = world.NAMES["big blue ring"]
+    pictures = np.stack([world.render(g) for g in (one, two, other)])
+    vq = SimpleNamespace(decode=lambda codes: torch.from_numpy(pictures[codes[:, 0].numpy()]).permute(0, 3, 1, 2) / 127.5 - 1)
+    sample = Sample("a", "", "a big red ring", questions=[Question(**q) for q in world.questions("a big red ring")])
+    shares, rights = switches.oracle(vq, sample, torch.tensor([[0], [1], [2]]))
+    assert rights == [1, 0, 0] and shares[0] == 1 > shares[2]
+    stages["02"].score_records = lambda *_: [dict(id="a", image_scores=[0.1, 0.9, 0.5], caption_scores=[1.0])]
+    switches.chosen_by_oracle(stages)
+    scored = stages["02"].score_records([sample], {"a/images": torch.tensor([[2], [0], [1]])}, None, vq)
+    assert scored == [dict(id="a", image_scores=[0, 1, 0], caption_scores=[1.0])]
+
+
 def test_a_half_of_weight_zero_takes_no_part(stages, model, pairs, monkeypatch):
     reference = torch.zeros(4, 2, 3)
     losses = {}
@@ -204,7 +225,7 @@ def test_defaults_are_those_of_the_loop():
 
 
 def test_every_switch_of_the_studies_is_there():
-    for name in ("ablations", "bases", "details", "guidance", "over_rounds", "recipes", "scorer", "why"):
+    for name in STUDIES:
         for how in import_module(name).VARIANTS.values():
             for thrown in filter(None, (how.get(k) for k in ("sampling", "scoring", "training"))):
                 assert callable(getattr(switches, thrown.split()[0]))
@@ -212,12 +233,49 @@ def test_every_switch_of_the_studies_is_there():
 
 def test_interval_and_metrics():
     cell = {"understood": [8, 9], "drawn": [4, 9], "questions": [8, 10], "everything": [0, 1], "caption": [500, 1000], "words": 3}
-    np.testing.assert_allclose(loop.metrics(cell), [[1, 0.5, 0.5, 0, 0.5], [0.9, 0.9, 0, 1, 1]])
-    assert loop.interval(np.full((3, 5), 0.25)) == "0.250 [0.250, 0.250]"
-    low, high = map(float, loop.interval(np.random.default_rng(0).normal(size=(2000, 1)))[:-1].split("[")[1].split(", "))
+    np.testing.assert_allclose(tables.metrics(cell), [[1, 0.5, 0.5, 0, 0.5], [0.9, 0.9, 0, 1, 1]])
+    assert tables.interval(np.full((3, 5), 0.25)) == "0.250 [0.250, 0.250]"
+    low, high = map(float, tables.interval(np.random.default_rng(0).normal(size=(2000, 1)))[:-1].split("[")[1].split(", "))
     assert high - low == pytest.approx(2 * 1.96 / 2000**0.5, rel=0.2)  # of means of 2,000 draws
-    differing = loop.interval(np.array([[0.0] * 50, [1.0] * 50]))  # the seeds differ, the records do not
+    differing = tables.interval(np.array([[0.0] * 50, [1.0] * 50]))  # the seeds differ, the records do not
     assert differing == "0.500 [0.000, 1.000]"
+
+
+def test_mcnemar():
+    before, after = np.array([0] * 10 + [1] * 5), np.array([1] * 9 + [0] + [0] * 2 + [1] * 3)
+    p = 2 * (1 + 11 + 55) / 2**11  # 2 or fewer of 11 by a fair coin, both sides
+    assert mcnemar(before, after) == f"+9 −2, p = {p:.2g}" and mcnemar(before, before) == "+0 −0, p = 1"
+    assert mcnemar(np.zeros(20), np.ones(20)) == "+20 −0, p < 1e-4"
+
+
+def test_renewed_records(tmp_path, monkeypatch):
+    """Rounds of n captions each together are the first records of a seed, none twice."""
+    monkeypatch.setattr(loop, "RUNS", tmp_path)
+    by_round = [loop.read(loop.records("preference", 3 * r, 0, 3 * (r - 1))) for r in (1, 2)]
+    assert [r for rows in by_round for r in rows] == loop.read(loop.records("preference", 6, 0))
+    unseen = loop.read(loop.records("eval", 12, 0, 7))
+    assert unseen == loop.read(tmp_path / "eval-12-0" / "records.jsonl")[7:]
+
+
+def test_results_are_what_was_counted():
+    """The page's table of the main result is what its raw counts give, down to the last digit."""
+    results = json.loads((tables.RESULTS / "main_result.json").read_text())["results"]
+    page = (tables.TOY / "RESULTS.md").read_text()
+    for table in tables.tables(results, "Pair-DPO"):
+        assert table in page
+    assert (tables.RESULTS / "main_result.svg").read_text() == tables.forest(results, "Pair-DPO")
+    for name in STUDIES:
+        assert page.count(f"<!-- {name} -->") == page.count(f"<!-- /{name} -->") == page.count(f"results/{name}.svg") == 1
+
+
+def test_publish(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "TOY", tmp_path)
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter <!-- b -->\n")
+    tables.publish("a", [r"| new \1 |", "more"])
+    assert page.read_text() == "before\n<!-- a -->\n\n| new \\1 |\n\nmore\n\n<!-- /a -->\nafter <!-- b -->\n"
+    with pytest.raises(ValueError, match="marks of b"):
+        tables.publish("b", [""])
 
 
 def test_agreement_with_the_oracle():

@@ -3,8 +3,10 @@
 A stage's folder below runs/studies is named after everything that goes into it, so variants that begin alike share their
 beginning: all training recipes of one seed see the same samples and pairs. An interrupted study continues.
 
-    python toy/studies/recipes.py             # runs what is missing, two at a time; writes toy/results/recipes.json; prints
-    python toy/studies/recipes.py --tables    # only prints the tables of the results that are there
+    python toy/studies/recipes.py             # runs what is missing, two at a time, into toy/results/recipes.json
+    python toy/studies/recipes.py --tables    # only the picture and the tables of the results that are there
+
+Picture (toy/results/recipes.svg) and tables (toy/RESULTS.md, between the marks of that name) are written by the scripts alone.
 """
 
 import argparse
@@ -21,20 +23,20 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
 import switches  # noqa: E402
+from tables import RESULTS, forest, publish, tables  # noqa: E402
 from model import run  # noqa: E402
 from toy import world  # noqa: E402
 
-RUNS, RESULTS = Path("runs/studies"), ROOT / "toy" / "results"
+RUNS = Path("runs/studies")
 STAGES = {name[:2]: import_module(name) for name in ("01_sample", "02_score", "03_pair_dpo", "04_eval")}
 DEFAULTS = dict(re.findall(r"^(\w+)=\$\{\w+:-(-.*)\}$", (ROOT / "run_selfplay.sh").read_text(), re.M))
-METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
+UNSEEN, TRAINING = "the other 101 held-out captions", "captions of the training records"  # evaluations on other records
 FORKS = multiprocessing.get_context("forkserver")  # its children have imported everything already
 FORKS.set_forkserver_preload(["loop"])
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server looks for it
@@ -80,12 +82,17 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
     return out
 
 
-def records(split: str, n: int, seed: int) -> Path:
+def records(split: str, n: int, seed: int, start: int = 0) -> Path:
+    """The first n records of a split in the order of a seed, or those from `start` on."""
     folder = RUNS / f"{split}-{n}-{seed}"
     with alone(folder):
-        if not (folder / "records.jsonl").exists():
+        file = folder / "records.jsonl"
+        if not file.exists():
             world.records(split, n, seed, str(folder))
-    return folder / "records.jsonl"
+        if start:
+            some, file = file.read_text().splitlines(keepends=True)[start:], folder / f"from-{start}.jsonl"
+            file.write_text("".join(some))
+    return file
 
 
 def read(path: Path) -> list[dict]:
@@ -95,10 +102,12 @@ def read(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------- rounds
 
 
-def evaluate(model, seed: int, options: str = "") -> dict:
+def evaluate(model, seed: int, how: str = "") -> dict:
     """Per held-out record, in their order: questions right about real image and drawing, of how many; whole drawing right;
-    caption score in thousandths. And the mean number of words of a caption."""
-    out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records("eval", 600, 0))
+    caption score in thousandths. And the mean number of words of a caption. how: UNSEEN, TRAINING, or options of 04."""
+    data = {UNSEEN: ("eval", 701, 0, 600), TRAINING: ("preference", 512, seed)}.get(how, ("eval", 600, 0))
+    options = "" if how in (UNSEEN, TRAINING) else how
+    out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records(*data))
     rows = read(out / "answers.jsonl")
     return {"understood": [sum(r["und_right"]) for r in rows], "drawn": [sum(r["gen_right"]) for r in rows],
             "questions": [len(r["questions"]) for r in rows], "everything": [int(r["all_right"]) for r in rows],
@@ -115,12 +124,13 @@ def figures(folder: Path, pairs: Path) -> dict:
 
 
 def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="", training="",
-         fixed_reference=False, self_play=False):
+         fixed_reference=False, self_play=False, captions=512, renewed=False):
     """n rounds of self-play. sample, score, dpo: options that differ from run_selfplay.sh; sampling, scoring, training: what is
-    thrown of switches.py. Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
+    thrown of switches.py; renewed: every round has `captions` of its own.
+    Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
     policy, previous = Path(base), {}
-    train = records("preference", 512, seed)
     for r in range(1, n + 1):
+        train = records("preference", captions * r, seed, captions * (r - 1)) if renewed else records("preference", captions, seed)
         samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", sampling, model=policy, records=train)
         pairs = step("02", f"{DEFAULTS['SCORE']} {score}", scoring, model=policy, samples=samples, **previous)
         reference = dict(reference=base) if fixed_reference and r > 1 else {}
@@ -142,62 +152,14 @@ def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **how) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ results and tables
+# ----------------------------------------------------------------------------------------------------------------- study
 
 
-def metrics(cell: dict) -> np.ndarray:
-    """(records, METRICS)"""
-    und, gen, n, right, caption = (np.array(cell[k], float) for k in list(cell)[:5])
-    return np.stack([und / n, gen / n, (und - gen) / n, right, caption / 1000], 1)
-
-
-def interval(values: np.ndarray, sign: str = "", draws: int = 10_000) -> str:
-    """values (seeds, records): the mean, and 95 % of the means over resampled seeds and records."""
-    rng, (S, N), means = np.random.default_rng(0), values.shape, []
-    for _ in range(draws // 100):  # a hundred draws of records for each draw of seeds
-        by_record = values[rng.integers(S, size=S)].mean(0)
-        means.append(by_record[rng.integers(N, size=(100, N))].mean(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return f"{values.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
-
-
-def markdown(rows: list[list[str]]) -> None:
-    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows[1:]))
-
-
-def tables(results: dict, against: str) -> None:
-    """Metrics of all variants, paired with the variant `against` at the same round and evaluation; then training figures."""
-    scores = [["", *METRICS, f"everything right, against {against}"]]
-    watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose",
-                "accuracy", "words per held-out caption"]]
-    for variant, by_seed in results.items():
-        for round_ in next(iter(by_seed.values())):
-            cells = [found[round_] for found in by_seed.values()]
-            others = [results[against][seed].get(round_, {}) for seed in by_seed]
-            for options in (o for o in cells[0] if o != "training"):
-                paired = variant != against and all(options in other for other in others)
-                if round_ == "base" and paired and all(c[options] == o[options] for c, o in zip(cells, others)):
-                    continue  # the same base
-                values = np.stack([metrics(c[options]) for c in cells])  # (seeds, records, METRICS)
-                row = [f"{variant}, {round_}" + (f", `{options}`" if options else "")]
-                row += [interval(values[..., m]) for m in range(len(METRICS))]
-                theirs = np.stack([metrics(o[options])[:, 3] for o in others]) if paired else None
-                scores.append([*row, interval(values[..., 3] - theirs, "+") if paired else ""])
-            if round_ != "base":
-                mean = {k: np.mean([c["training"][k] for c in cells]) for k in cells[0]["training"]}
-                changes = [f"{mean[f'{what}_{half}']:.2f}" for half in ("und", "gen")
-                           for what in ("win_change", "lose_change", "accuracy")]
-                words = np.mean([next(iter(c.values()))["words"] for c in cells])
-                watched.append([f"{variant}, {round_}", f"{mean['pairs']:.0f}", f"{mean['steps']:.0f}", *changes, f"{words:.2f}"])
-    markdown(scores)
-    markdown(watched)
-
-
-def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2)) -> dict:
-    """Run all variants (name -> settings of `rounds`) with all seeds, write toy/results/NAME.json, print the tables."""
+def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), more=lambda results: []) -> None:
+    """Run all variants (name -> settings of `rounds`) with all seeds, write toy/results/NAME.json, then picture and tables;
+    more: further tables of the results."""
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="print the tables of the results that are there")
+    parser.add_argument("--tables", action="store_true", help="picture and tables of the results that are there")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -213,6 +175,5 @@ def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2)) -
         text = json.dumps({"defaults": DEFAULTS, "variants": variants, "results": results}, separators=(",", ":"))
         file.write_text(text + "\n", encoding="utf-8")
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    print(f"{name}: {len(next(iter(results.values())))} seeds")
-    tables(results, against)
-    return results
+    (RESULTS / f"{name}.svg").write_text(forest(results, against), encoding="utf-8")
+    publish(name, [*tables(results, against), *more(results)])

@@ -9,13 +9,14 @@ import json
 import sys
 
 import numpy as np
-import torch
 
 import loop
-from model import load, load_tensors, to_pil
-from toy import world
+from model import load
+from switches import oracle
+from tables import RESULTS, markdown
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
+AGREEMENT = RESULTS / "scorer_agreement.json"
 VARIANTS = {"questions": dict(n=3), "likelihood": dict(n=3, score="--image-scorer likelihood --min-image-score 0.3")}
 
 
@@ -31,18 +32,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return np.corrcoef(a, b)[0, 1] if a.std() > 0 and b.std() > 0 else np.nan
 
 
-def oracle(vq, samples) -> tuple[list, list]:
-    """Of every drawing of every record: the share of questions with the right answer, and whether all of it is right."""
-    tensors, shares, rights = load_tensors(samples / "samples.safetensors"), [], []
-    for record in loop.read(samples / "samples.jsonl"):
-        with torch.inference_mode():
-            grids = [world.read(p) for p in to_pil(vq.decode(tensors[f"{record['id']}/images"].long()))]
-        asked = record["questions"]
-        shares.append([sum(world.answer(g, q) == q["answer"] for q in asked) / len(asked) for g in grids])
-        rights.append([int(world.judge(g, record["caption"])["correct"]) for g in grids])
-    return shares, rights
-
-
 def agreement(score: np.ndarray, share: np.ndarray, right: np.ndarray) -> list[float]:
     """All (records, K). Rank correlations within records, and what best and worst by the score truly are."""
     rows, win, lose = np.arange(len(score)), score.argmax(1), score.argmin(1)
@@ -54,23 +43,28 @@ def agreement(score: np.ndarray, share: np.ndarray, right: np.ndarray) -> list[f
             right[rows, win][kept].mean(), right[rows, lose][kept].mean()]
 
 
-def main():
-    loop.study("scorer", VARIANTS, against="questions", seeds=SEEDS)
-    file = loop.RESULTS / "scorer_agreement.json"
+def measure() -> None:
+    """Both self-scores and the oracle on the drawings of the main result, into toy/results/scorer_agreement.json."""
+    found, vq = {}, load("toy/base")[1]
+    for seed in SEEDS:
+        for r, (policy, samples, _, _) in enumerate(loop.play(seed, 3), 1):
+            drawn, tensors = loop.STAGES["02"].read_samples(samples)
+            share, right = zip(*(oracle(vq, s, tensors[f"{s.id}/images"]) for s in drawn))
+            found[f"{seed}, round {r}"] = {"oracle": share, "right": right} | {
+                name: [s["image_scores"] for s in loop.read(loop.step(
+                    "02", f"{loop.DEFAULTS['SCORE']} {how.get('score', '')}", model=policy, samples=samples) / "scores.jsonl")]
+                for name, how in VARIANTS.items()}
+    rounded = {k: {n: [[round(x, 4) for x in row] for row in v] for n, v in cells.items()} for k, cells in found.items()}
+    AGREEMENT.write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def agreements(_) -> list[str]:
     if "--tables" not in sys.argv:
-        found, vq = {}, load("toy/base")[1]
-        for seed in SEEDS:
-            for r, (policy, samples, _, _) in enumerate(loop.play(seed, 3), 1):
-                share, right = oracle(vq, samples)
-                found[f"{seed}, round {r}"] = {"oracle": share, "right": right} | {
-                    name: [s["image_scores"] for s in loop.read(loop.step(
-                        "02", f"{loop.DEFAULTS['SCORE']} {how.get('score', '')}", model=policy, samples=samples) / "scores.jsonl")]
-                    for name, how in VARIANTS.items()}
-        rounded = {k: {n: [[round(x, 4) for x in row] for row in v] for n, v in cells.items()} for k, cells in found.items()}
-        file.write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    table = [["", "records with a winner", "rank correlation with the oracle's share of questions", "with everything right",
-              "winner truly better", "truly worse", "winner all right", "loser all right"]]
+        measure()
+    found = json.loads(AGREEMENT.read_text(encoding="utf-8"))
+    table = [["512 records with 8 drawings each; mean over seeds (lowest–highest)", "records with a winner",
+              "rank correlation with the oracle's share of questions", "with everything right", "winner truly better",
+              "truly worse", "winner all right", "loser all right"]]
     for r in (1, 2, 3):
         for name in ("questions", "likelihood", "questions, then likelihood", "the oracle's share of questions"):
             rows = []
@@ -82,9 +76,8 @@ def main():
             mean, low, high = np.mean(rows, 0), np.min(rows, 0), np.max(rows, 0)
             table.append([f"round {r}: {name}", f"{mean[0]:.0f}"])
             table[-1] += [f"{m:.3f} ({a:.3f}–{b:.3f})" for m, a, b in zip(mean[1:], low[1:], high[1:])]
-    loop.markdown(table)
-    print("\nmean over seeds (lowest–highest); 512 records with 8 drawings each")
+    return [markdown(table)]
 
 
 if __name__ == "__main__":
-    main()
+    loop.study("scorer", VARIANTS, against="questions", seeds=SEEDS, more=agreements)

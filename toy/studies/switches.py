@@ -9,7 +9,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from model import Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, uniforms
+from model import Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, to_pil, uniforms
+from toy import world
 
 
 def understanding(dpo, tokens, chunk, device) -> dict:
@@ -99,6 +100,28 @@ def product_loss(stages):
 
     stages["03"].preference_loss = preference_loss
     stages["03"].check = lambda *_: None  # it starts at ln 2, not at 2 ln 2
+
+
+# ------------------------------------------------------------------------------------------------- what limits the result
+
+
+def oracle(vq, sample, codes: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Of a record's drawings, (K, N): the share of its questions with the right answer, and whether everything is right."""
+    with torch.inference_mode():
+        grids = [world.read(picture) for picture in to_pil(vq.decode(codes.long()))]
+    shares = [sum(world.answer(g, q.question) == q.answer for q in sample.questions) / len(sample.questions) for g in grids]
+    return shares, [int(world.judge(g, sample.caption)["correct"]) for g in grids]
+
+
+def chosen_by_oracle(stages):
+    """A drawing's score is 1 where the oracle finds everything right, otherwise 0."""
+    score_records = stages["02"].score_records
+
+    def scored(samples, tensors, model, vq, *rest):
+        return [dict(score, image_scores=oracle(vq, s, tensors[f"{s.id}/images"])[1])
+                for s, score in zip(samples, score_records(samples, tensors, model, vq, *rest))]
+
+    stages["02"].score_records = scored
 
 
 # --------------------------------------------------------------------------------------------------------------- recipes

@@ -19,4 +19,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    loop.study("why", VARIANTS, against="toy's settings", seeds=(0, 1))
+    loop.study("why", VARIANTS, against="toy's settings")

@@ -23,7 +23,8 @@ from model import Pair, Question, Sample, Score, image_segment  # noqa: E402
 from scorer import agreement, ranks, spearman  # noqa: E402
 from toy import world  # noqa: E402
 
-STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "over_rounds", "recipes", "scorer", "why")
+STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "other_base", "over_rounds", "recipes",
+           "scorer", "why")
 ARGS = SimpleNamespace(seed=3, round=1, drop_text=0.5, beta=0.2, und=1.0, gen=1.0, nll_und=0.0, nll_gen=0.0, guidance=0.0)
 
 
@@ -241,11 +242,36 @@ def test_interval_and_metrics():
     assert differing == "0.500 [0.000, 1.000]"
 
 
+def test_faults():
+    """Per 100 drawings over all seeds; a base that several variants share comes once."""
+    def cell(**faults):
+        return {"": {"everything": [0] * 10, "faults": faults}}
+    by_seed = [{"base": cell(relation=3), "round1": cell(relation=1)}, {"base": cell(), "round1": cell(relation=2)}]
+    results = {"a": dict(enumerate(by_seed)), "b": dict(enumerate([found | {"round1": cell()} for found in by_seed]))}
+    table, = tables.faults(results)
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    assert [(row[0], row[1 + tables.KINDS.index("relation")]) for row in rows[2:]] == [
+        ("a, base", "15.0"), ("a, round1", "15.0"), ("b, round1", "0.0")]
+
+
 def test_mcnemar():
     before, after = np.array([0] * 10 + [1] * 5), np.array([1] * 9 + [0] + [0] * 2 + [1] * 3)
     p = 2 * (1 + 11 + 55) / 2**11  # 2 or fewer of 11 by a fair coin, both sides
     assert mcnemar(before, after) == f"+9 −2, p = {p:.2g}" and mcnemar(before, before) == "+0 −0, p = 1"
     assert mcnemar(np.zeros(20), np.ones(20)) == "+20 −0, p < 1e-4"
+
+
+@pytest.mark.parametrize("cells, kind", [
+    ({(0, 0): "big red ring"}, "objects missing"),
+    ({(0, 0): "big red ring", (0, 1): "small blue square", (3, 3): "small blue square"}, "objects too many"),
+    ({(0, 0): "big red ring", (0, 1): "big blue square"}, "another object"),
+    ({(0, 1): "big red ring", (0, 0): "small blue square"}, "relation")])
+def test_fault(cells, kind):
+    grid = np.full((4, 4), world.EMPTY)
+    for at, what in cells.items():
+        grid[at] = world.NAMES[what]
+    caption = "a big red ring left of a small blue square"
+    assert not world.judge(grid, caption)["correct"] and loop.fault(grid, caption) == kind
 
 
 def test_renewed_records(tmp_path, monkeypatch):

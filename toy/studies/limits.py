@@ -5,6 +5,7 @@ one set of pairs can teach; drawings of the training captions say how much of wh
 """
 
 import loop
+from tables import faults
 
 BOTH = dict(n=2, evals=("", loop.TRAINING))
 VARIANTS = {
@@ -15,4 +16,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    loop.study("limits", VARIANTS, against="512 captions, 3 epochs a round")
+    loop.study("limits", VARIANTS, against="512 captions, 3 epochs a round", more=faults)

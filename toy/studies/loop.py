@@ -11,6 +11,7 @@ Picture (toy/results/recipes.svg) and tables (toy/RESULTS.md, between the marks 
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
 import switches  # noqa: E402
 from tables import RESULTS, forest, publish, tables  # noqa: E402
-from model import run  # noqa: E402
+from model import load, run  # noqa: E402
 from toy import world  # noqa: E402
 
 RUNS = Path("runs/studies")
@@ -102,17 +104,30 @@ def read(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------- rounds
 
 
+def fault(grid, caption: str) -> str:
+    """What is wrong with a drawing that is wrong."""
+    spec, found = world.parse(caption), sorted(grid[grid != world.EMPTY].tolist())
+    if len(found) != spec.number:
+        return "objects too many" if len(found) > spec.number else "objects missing"
+    return "relation" if found == sorted(spec.types * (spec.number // len(spec.types))) else "another object"
+
+
+@functools.cache
 def evaluate(model, seed: int, how: str = "") -> dict:
     """Per held-out record, in their order: questions right about real image and drawing, of how many; whole drawing right;
-    caption score in thousandths. And the mean number of words of a caption. how: UNSEEN, TRAINING, or options of 04."""
+    caption score in thousandths. Then the mean number of words of a caption, and the faults of the drawings that are wrong.
+    how: UNSEEN, TRAINING, or options of 04."""
     data = {UNSEEN: ("eval", 701, 0, 600), TRAINING: ("preference", 512, seed)}.get(how, ("eval", 600, 0))
     options = "" if how in (UNSEEN, TRAINING) else how
     out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records(*data))
     rows = read(out / "answers.jsonl")
+    wrong = [r for r in rows if not r["all_right"]]
+    grids = switches.grids(load(str(model))[1], torch.tensor([r["codes"] for r in wrong]))
     return {"understood": [sum(r["und_right"]) for r in rows], "drawn": [sum(r["gen_right"]) for r in rows],
             "questions": [len(r["questions"]) for r in rows], "everything": [int(r["all_right"]) for r in rows],
             "caption": [round(1000 * r["caption_score"]) for r in rows],
-            "words": round(sum(len(r["caption"].split()) for r in rows) / len(rows), 3)}
+            "words": round(sum(len(r["caption"].split()) for r in rows) / len(rows), 3),
+            "faults": Counter(fault(g, r["text"]) for g, r in zip(grids, wrong))}
 
 
 def figures(folder: Path, pairs: Path) -> dict:
@@ -164,6 +179,7 @@ def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), m
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     file = RESULTS / f"{name}.json"
+    torch.set_num_threads(1)  # beside its processes
     if not args.tables:
         jobs = [(v, s) for v in variants for s in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:

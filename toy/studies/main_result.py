@@ -1,7 +1,6 @@
-"""Main result: three rounds with the toy's settings, five seeds (data, sampling, order of training), two base models.
+"""Main result: three rounds with the toy's settings, five seeds (data, sampling, order of training), one base.
 
-    python toy/pretrain.py --seed 1 --out runs/bases/seed-1      # the other base; half an hour on one core
-    python toy/studies/main_result.py                           # or --tables: only those of toy/results/main_result.json
+    python toy/studies/main_result.py        # or --tables
 """
 
 from math import comb
@@ -9,11 +8,11 @@ from math import comb
 import numpy as np
 
 import loop
-from tables import METRICS, interval, markdown, metrics
+from tables import METRICS, faults, interval, markdown, metrics
 
 NAMES = ("base", "round1", "round2", "round3")
 STEPS = [*zip(NAMES, NAMES[1:]), ("base", "round3")]
-VARIANTS = {"Pair-DPO": dict(n=3, evals=("", loop.UNSEEN)), "from another base": dict(n=3, base="runs/bases/seed-1/base")}
+VARIANTS = {"Pair-DPO": dict(n=3, evals=("", loop.UNSEEN))}
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> str:
@@ -38,7 +37,7 @@ def paired(results: dict) -> list[str]:
             gap, right = ([found[v, n][s, :, m].mean() for n in NAMES] for m in (2, 3))
             seeds.append([f"{v}, seed {seed}", *(f"{g:.3f}, {r:.3f}" for g, r in zip(gap, right)), f"{1 - gap[-1] / gap[0]:.0%}"])
             tests.append([f"{v}, seed {seed}", *(mcnemar(found[v, a][s, :, 3], found[v, b][s, :, 3]) for a, b in STEPS)])
-    return [markdown(differences), markdown(seeds), markdown(tests)]
+    return [markdown(differences), *faults(results), markdown(seeds), markdown(tests)]
 
 
 if __name__ == "__main__":

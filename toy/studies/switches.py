@@ -105,12 +105,17 @@ def product_loss(stages):
 # ------------------------------------------------------------------------------------------------- what limits the result
 
 
+def grids(vq, codes: torch.Tensor) -> list:
+    """(K, N) codes as the oracle reads their pictures: K grids of object types."""
+    with torch.inference_mode():
+        return [world.read(picture) for picture in to_pil(vq.decode(codes.long()))]
+
+
 def oracle(vq, sample, codes: torch.Tensor) -> tuple[list[float], list[int]]:
     """Of a record's drawings, (K, N): the share of its questions with the right answer, and whether everything is right."""
-    with torch.inference_mode():
-        grids = [world.read(picture) for picture in to_pil(vq.decode(codes.long()))]
-    shares = [sum(world.answer(g, q.question) == q.answer for q in sample.questions) / len(sample.questions) for g in grids]
-    return shares, [int(world.judge(g, sample.caption)["correct"]) for g in grids]
+    drawn, asked = grids(vq, codes), sample.questions
+    shares = [sum(world.answer(g, q.question) == q.answer for q in asked) / len(asked) for g in drawn]
+    return shares, [int(world.judge(g, sample.caption)["correct"]) for g in drawn]
 
 
 def chosen_by_oracle(stages):

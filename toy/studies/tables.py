@@ -9,6 +9,7 @@ import numpy as np
 TOY = Path(__file__).parents[1]
 RESULTS = TOY / "results"
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
+KINDS = ("objects missing", "objects too many", "another object", "relation")
 SHADES = ("#9ca3af", "#93c5fd", "#3b82f6", "#1e3a8a")  # base, rounds 1, 2, 3
 
 
@@ -71,6 +72,22 @@ def tables(results: dict, against: str) -> list[str]:
             words = np.mean([next(iter(c.values()))["words"] for c in cells])
             watched.append([f"{variant}, {round_}", f"{mean['pairs']:.0f}", f"{mean['steps']:.0f}", *changes, f"{words:.2f}"])
     return [markdown(scores), markdown(watched)]
+
+
+def faults(results: dict) -> list[str]:
+    """Of 100 drawings, how many are wrong in which way."""
+    table, seen = [["of 100 drawings", *KINDS]], []
+    for variant, by_seed in results.items():
+        for round_, cells in next(iter(by_seed.values())).items():
+            for options in (o for o in cells if o != "training"):
+                cells = [found[round_][options] for found in by_seed.values()]
+                if round_ == "base" and cells in seen:
+                    continue
+                seen.append(cells)
+                drawn = sum(len(c["everything"]) for c in cells)
+                row = [f"{100 * sum(c['faults'].get(kind, 0) for c in cells) / drawn:.1f}" for kind in KINDS]
+                table.append([f"{variant}, {round_}" + (f", `{options}`" if options else ""), *row])
+    return [markdown(table)]
 
 
 def forest(results: dict, against: str) -> str:

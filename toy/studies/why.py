@@ -16,6 +16,9 @@ VARIANTS = {
     "10 steps, preference alone": ROUGH | dict(dpo="--nll-und 0 --nll-gen 0"),
     "10 steps, NLL alone": ROUGH | dict(dpo=NLL_ALONE),
     "10 steps, both": ROUGH | dict(dpo=BOTH),
+    "10 steps, 3 epochs, preference alone": ROUGH | dict(dpo="--epochs 3 --nll-und 0 --nll-gen 0"),
+    "10 steps, 3 epochs, NLL alone": ROUGH | dict(dpo=f"--epochs 3 {NLL_ALONE}"),
+    "10 steps, 3 epochs, both": ROUGH | dict(dpo=f"--epochs 3 {BOTH}"),
 }
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from toy import world  # noqa: E402
 RUNS = Path("runs/studies")
 STAGES = {name[:2]: import_module(name) for name in ("01_sample", "02_score", "03_pair_dpo", "04_eval")}
 DEFAULTS = dict(re.findall(r"^(\w+)=\$\{\w+:-(-.*)\}$", (ROOT / "run_selfplay.sh").read_text(), re.M))
-UNSEEN, TRAINING = "the other 101 held-out captions", "captions of the training records"  # evaluations on other records
+UNSEEN, TRAINING = "the other 101 held-out captions", "training captions"  # evaluations on other records
 FORKS = multiprocessing.get_context("forkserver")  # its children have imported everything already
 FORKS.set_forkserver_preload(["loop"])
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server looks for it

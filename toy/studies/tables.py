@@ -56,11 +56,12 @@ def lines(results: dict, against: str):
 
 def tables(results: dict, against: str) -> list[str]:
     """Metrics, paired with `against`; then what to watch of the trainings."""
-    scores = [["", *METRICS, f"everything right, against {against}"]]
+    compared = [f"everything right, against {against}"] if len(results) > 1 else []
+    scores = [["", *METRICS, *compared]]
     for variant, round_, options, values, theirs in lines(results, against):
         row = [f"{variant}, {round_}" + (f", `{options}`" if options else "")]
         row += [interval(values[..., m]) for m in range(len(METRICS))]
-        scores.append([*row, "" if theirs is None else interval((values - theirs)[..., 3], "+")])
+        scores.append(row + ["" if theirs is None else interval((values - theirs)[..., 3], "+") for _ in compared])
     watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose",
                 "accuracy", "words per held-out caption"]]
     for variant, by_seed in results.items():
@@ -125,12 +126,12 @@ def forest(results: dict, against: str) -> str:
 
 
 def publish(name: str, found: list[str]) -> None:
-    """Print tables and put them between the marks <!-- name --> and <!-- /name --> of toy/RESULTS.md."""
+    """Put tables between the marks <!-- name --> and <!-- /name --> of toy/RESULTS.md, and print them."""
     text = "\n\n".join(found)
-    print(text)
     file = TOY / "RESULTS.md"
     page, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}\n{text}\n\n{m[2]}",
                       file.read_text(encoding="utf-8"), flags=re.S)
     if n != 1:
         raise ValueError(f"{file}: needs the marks of {name} once, has them {n} times")
     file.write_text(page, encoding="utf-8")
+    print(text)

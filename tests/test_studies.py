@@ -24,7 +24,7 @@ from scorer import agreement, ranks, spearman  # noqa: E402
 from toy import world  # noqa: E402
 
 STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "other_base", "over_rounds", "recipes",
-           "scorer", "why")
+           "scorer", "strength", "why")
 ARGS = SimpleNamespace(seed=3, round=1, drop_text=0.5, beta=0.2, und=1.0, gen=1.0, nll_und=0.0, nll_gen=0.0, guidance=0.0)
 
 

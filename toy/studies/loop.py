@@ -91,10 +91,10 @@ def records(split: str, n: int, seed: int, start: int = 0) -> Path:
         file = folder / "records.jsonl"
         if not file.exists():
             world.records(split, n, seed, str(folder))
-        if start:
-            some, file = file.read_text().splitlines(keepends=True)[start:], folder / f"from-{start}.jsonl"
-            file.write_text("".join(some))
-    return file
+        part = folder / f"from-{start}.jsonl"
+        if start and not part.exists():
+            part.write_text("".join(file.read_text().splitlines(keepends=True)[start:]))
+    return part if start else file
 
 
 def read(path: Path) -> list[dict]:
@@ -122,7 +122,7 @@ def evaluate(model, seed: int, how: str = "") -> dict:
     out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records(*data))
     rows = read(out / "answers.jsonl")
     wrong = [r for r in rows if not r["all_right"]]
-    grids = switches.grids(load(str(model))[1], torch.tensor([r["codes"] for r in wrong]))
+    grids = switches.grids(load(str(model))[1], torch.tensor([r["codes"] for r in wrong])) if wrong else []
     return {"understood": [sum(r["und_right"]) for r in rows], "drawn": [sum(r["gen_right"]) for r in rows],
             "questions": [len(r["questions"]) for r in rows], "everything": [int(r["all_right"]) for r in rows],
             "caption": [round(1000 * r["caption_score"]) for r in rows],

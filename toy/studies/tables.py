@@ -38,20 +38,24 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def lines(results: dict, against: str):
-    """Of all variants, rounds and evaluations: variant, round, options, metrics (seeds, records, METRICS), and those of the
-    variant `against` at the same round and evaluation, if there are. A base that is that of `against` comes once."""
+def evaluations(results: dict):
+    """All variants, rounds and evaluations: variant, round, options, and the cells of all seeds."""
     for variant, by_seed in results.items():
-        for round_ in next(iter(by_seed.values())):
-            cells = [found[round_] for found in by_seed.values()]
-            others = [results[against][seed].get(round_, {}) for seed in by_seed]
-            for options in (o for o in cells[0] if o != "training"):
-                values = np.stack([metrics(c[options]) for c in cells])
-                theirs = None
-                if variant != against and all(options in other for other in others):
-                    theirs = np.stack([metrics(o[options]) for o in others])
-                if round_ != "base" or theirs is None or not np.array_equal(values, theirs):
-                    yield variant, round_, options, values, theirs
+        for round_, found in next(iter(by_seed.values())).items():
+            for options in (o for o in found if o != "training"):
+                yield variant, round_, options, [found[round_][options] for found in by_seed.values()]
+
+
+def lines(results: dict, against: str):
+    """Of all evaluations: variant, round, options, metrics (seeds, records, METRICS), and those of the variant `against` at
+    the same round and evaluation, if there are. A base that is that of `against` comes once."""
+    for variant, round_, options, cells in evaluations(results):
+        values, theirs = np.stack([metrics(c) for c in cells]), None
+        others = [results[against][seed].get(round_, {}) for seed in results[variant]]
+        if variant != against and all(options in other for other in others):
+            theirs = np.stack([metrics(o[options]) for o in others])
+        if round_ != "base" or theirs is None or not np.array_equal(values, theirs):
+            yield variant, round_, options, values, theirs
 
 
 def tables(results: dict, against: str) -> list[str]:
@@ -78,16 +82,13 @@ def tables(results: dict, against: str) -> list[str]:
 def faults(results: dict) -> list[str]:
     """Of 100 drawings, how many are wrong in which way."""
     table, seen = [["of 100 drawings", *KINDS]], []
-    for variant, by_seed in results.items():
-        for round_, cells in next(iter(by_seed.values())).items():
-            for options in (o for o in cells if o != "training"):
-                cells = [found[round_][options] for found in by_seed.values()]
-                if round_ == "base" and cells in seen:
-                    continue
-                seen.append(cells)
-                drawn = sum(len(c["everything"]) for c in cells)
-                row = [f"{100 * sum(c['faults'].get(kind, 0) for c in cells) / drawn:.1f}" for kind in KINDS]
-                table.append([f"{variant}, {round_}" + (f", `{options}`" if options else ""), *row])
+    for variant, round_, options, cells in evaluations(results):
+        if round_ == "base" and cells in seen:
+            continue
+        seen.append(cells)
+        drawn = sum(len(c["everything"]) for c in cells)
+        row = [f"{100 * sum(c['faults'].get(kind, 0) for c in cells) / drawn:.1f}" for kind in KINDS]
+        table.append([f"{variant}, {round_}" + (f", `{options}`" if options else ""), *row])
     return [markdown(table)]
 
 

@@ -1,0 +1,99 @@
+"""FID of drawings of captions against the statistics of MS-COCO val2014.
+
+source       mseitz/pytorch-fid (weights); boomb0om/text2image-benchmark (statistics)
+DATA         records.jsonl, MS-COCO_val2014_fid_stats.npz, pt_inception-2015-12-05-6726825d.pth
+writes       OUT/images/<id>.png, one image per record
+exact        the statistics, the distance
+approximated nothing, but the network (inception.py) is checked by its names, shapes and number of
+             parameters alone, not by its outputs on the published weights
+
+    python 04_eval.py --benchmark fid --data FID --model toy/base --out runs/fid
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evals.inception import Inception
+from evals.judges import ModelNames
+from evals.official import expected, require
+from evals.policy import draw_records
+from hermesflow.checkpoints import load_weights, read_bin
+from hermesflow.files import InputError, reason
+from hermesflow.pictures import load_image
+
+STATISTICS = "MS-COCO_val2014_fid_stats.npz"
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+BATCH = 32
+
+
+def read_statistics(path) -> tuple[np.ndarray, np.ndarray]:
+    """mu (D,) and sigma (D, D) of an npz file."""
+    what = f"{STATISTICS} of boomb0om/text2image-benchmark, with mu and sigma"
+    path = expected(path, what)
+    try:
+        with np.load(path) as data:
+            mu = np.asarray(data["mu"], float)
+            sigma = np.asarray(data["sigma"], float)
+    except Exception as error:  # numpy, zip and pickle raise their own types
+        message = f"{path}: cannot read ({reason(error)}); expected here: {what}"
+        raise InputError(message) from None
+    fit = mu.ndim == 1 and sigma.shape == 2 * mu.shape
+    require(fit, path, f"mu {mu.shape} and sigma {sigma.shape} do not fit")
+    return mu, sigma
+
+
+def statistics(features) -> tuple[np.ndarray, np.ndarray]:
+    """mu (D,) and sigma (D, D) of Inception features (images, D)."""
+    features = np.asarray(features, float)
+    require(len(features) > 1, "FID", "needs at least two images")
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(ours, theirs) -> float:
+    """|mu − mu'|² + tr(S + S' − 2 (S S')^½), from (mu, sigma) pairs."""
+    mu, sigma = ours
+    mu2, sigma2 = theirs
+    require(np.shape(mu) == np.shape(mu2), "FID",
+            f"statistics of different sizes: {np.shape(mu)} and {np.shape(mu2)}")
+    # tr (S S')^½ is the sum of the roots of the eigenvalues of S S', which are those of the
+    # symmetric S^½ S' S^½
+    values, vectors = np.linalg.eigh(sigma)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
+    distance = np.sum((np.asarray(mu) - mu2) ** 2)
+    return float(distance + np.trace(sigma) + np.trace(sigma2) - 2 * cross)
+
+
+def load_inception(path: Path) -> Inception:
+    """The network with the weights of pytorch-fid."""
+    path = expected(path, "the Inception weights of pytorch-fid")
+    with torch.device("meta"):
+        network = Inception()
+    # the counts of training batches may be missing from the file; inference does not use them
+    counts = [name for name in network.state_dict() if name.endswith("num_batches_tracked")]
+    weights = {name: torch.tensor(0) for name in counts} | read_bin(str(path))
+    load_weights(network, weights, str(path))
+    return network.eval()
+
+
+@torch.inference_mode()
+def inception_features(network: Inception, files: list[Path], device) -> np.ndarray:
+    """(images, 2048) float64."""
+    features = []
+    for start in tqdm(range(0, len(files), BATCH), desc="Inception"):
+        images = [load_image(f, 299) for f in files[start : start + BATCH]]
+        pixels = torch.stack(images).to(device)  # (B, 3, 299, 299)
+        features.append(network(pixels).double().cpu())
+    return torch.cat(features).numpy()
+
+
+def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
+    """The distance, and over how many images."""
+    theirs = read_statistics(data / STATISTICS)
+    network = load_inception(data / WEIGHTS).to(device)
+    files = [file for _, file in draw_records(data / "records.jsonl", out, draw)]
+    ours = statistics(inception_features(network, files, device))
+    return {"FID": frechet_distance(ours, theirs), "images": len(files)}

@@ -1,0 +1,169 @@
+"""Judges of generated images: each answers questions about a picture, and marks the answers.
+
+A judge has three methods: `answer(picture, questions)` gives one answer per question, `is_correct`
+marks them, `all_correct` says whether the picture has no mistake at all. The paper's is GPT-4o.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from transformers import (
+    MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+    CLIPModel,
+)
+
+from hermesflow.checkpoints import load_hf
+from hermesflow.files import InputError
+from hermesflow.records import Question, Record
+from hermesflow.scoring import answer_questions, is_correct
+
+
+class ModelNames(NamedTuple):
+    """The models that score generation benchmarks, by hub id or folder."""
+
+    detector: str  # Mask2Former
+    clip: str | None  # None: the one that the benchmark is defined with
+    vqa: str
+
+
+def load_judge(name: str, model, match, max_new_tokens: int):
+    """The judge `name`: toy, self (the policy `model`), or a transformers model by id or folder.
+
+    match(answer, choices) -> the choice that an answer means; max_new_tokens: per answer of `self`.
+    """
+    if name == "toy":
+        return ToyJudge()
+    if name == "self":
+        return SelfJudge(model, match, max_new_tokens)
+    return ModelJudge(name, match, model.device)
+
+
+class ToyJudge:
+    """The toy world's oracle reads the pixels; its answers are exact and need no matcher."""
+
+    def __init__(self):
+        from toy import world  # here, so that other judges do not need the toy world
+
+        self.world = world
+
+    def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
+        return [self.world.answer(picture, q.question) for q in questions]
+
+    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
+        return [answer == q.answer for answer, q in zip(answers, questions)]
+
+    def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
+        """Whether the picture is exactly the scene of the record's text.
+
+        Raises InputError if the text is no caption of the toy world.
+        """
+        try:
+            return self.world.judge(picture, record.drawing_text)["correct"]
+        except ValueError as error:
+            message = f"id {record.id!r}: {error}; --judge self knows any caption"
+            raise InputError(message) from None
+
+
+class SelfJudge:
+    """The policy answers about its own pictures, as in stage 2 with --reencode."""
+
+    def __init__(self, model, match, max_new_tokens: int):
+        self.model = model
+        self.match = match
+        self.max_new_tokens = max_new_tokens
+
+    def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
+        # a picture of another model may have another size; for the policy's own this is a copy
+        side = self.model.image_size
+        picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        pixels = pixels.float() / 127.5 - 1
+        return answer_questions(self.model, pixels, [questions], self.max_new_tokens)[0]
+
+    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
+        return is_correct(answers, questions, self.match)
+
+    def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
+        return all(correct)
+
+
+class ModelJudge:
+    """A transformers model: image-text-to-text (chat, with choices) or VQA (the plain question)."""
+
+    def __init__(self, name: str, match, device):
+        config = load_hf(AutoConfig, name)
+        self.is_vqa = type(config) in MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING
+        self.processor = load_hf(AutoProcessor, name)
+        kind = AutoModelForVisualQuestionAnswering if self.is_vqa else AutoModelForImageTextToText
+        self.model = load_hf(kind, name).to(device).eval()
+        self.match = match
+
+    def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
+        if self.is_vqa:
+            return [self.vqa_answer(picture, q.question) for q in questions]
+        return [self.chat_answer(picture, q) for q in questions]
+
+    @torch.inference_mode()
+    def chat_answer(self, picture: Image.Image, question: Question) -> str:
+        choices = ", ".join(question.choices)
+        text = f"{question.question} Choose one of: {choices}. Answer with the choice only."
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+        answer = ids[inputs["input_ids"].shape[1] :]  # without the prompt
+        return self.processor.decode(answer, skip_special_tokens=True).strip()
+
+    @torch.inference_mode()
+    def vqa_answer(self, picture: Image.Image, question: str) -> str:
+        inputs = self.processor(images=picture, text=question, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        # an answer is a class (ViLT) or a text (BLIP)
+        if hasattr(self.model.config, "id2label") and not self.model.can_generate():
+            best = self.model(**inputs).logits.argmax(-1)
+            return self.model.config.id2label[int(best)]
+        ids = self.model.generate(**inputs, max_new_tokens=20)[0]
+        return self.processor.decode(ids, skip_special_tokens=True).strip()
+
+    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
+        return is_correct(answers, questions, self.match)
+
+    def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
+        return all(correct)
+
+
+class Clip:
+    """Unit vectors of images and texts."""
+
+    def __init__(self, name: str, device):
+        self.processor = load_hf(AutoProcessor, name)
+        self.model = load_hf(CLIPModel, name).to(device).eval()
+
+    @torch.inference_mode()
+    def images(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """B pictures -> (B, D)."""
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        return self.normalize(self.model.get_image_features(**inputs))
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """B texts -> (B, D); a text that is too long is cut."""
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        return self.normalize(self.model.get_text_features(**inputs.to(self.model.device)))
+
+    def normalize(self, features) -> torch.Tensor:
+        # transformers 5 returns an output object, earlier versions the tensor itself
+        features = getattr(features, "pooler_output", features)
+        return F.normalize(features, dim=-1)  # (B, D)

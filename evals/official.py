@@ -1,0 +1,72 @@
+"""What the readers of official benchmark files share.
+
+Wrong or missing files raise InputError, which names the file, the line or record, the field, and
+the official file that belongs there.
+"""
+
+import os
+from pathlib import Path
+
+from hermesflow.files import InputError, parse_json, read_text
+from hermesflow.records import parse_value
+
+# LLaVA's wording, for POPE, MME, VQAv2 and GQA
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+
+def require(condition, where, problem: str) -> None:
+    """Raise InputError "where: problem" unless the condition holds."""
+    if not condition:
+        raise InputError(f"{where}: {problem}")
+
+
+def expected(path, what: str) -> Path:
+    """`path`, or an InputError that says which official file belongs there."""
+    require(os.path.exists(path), path, f"not found; expected here: {what}")
+    return Path(path)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """The one file of a folder that matches a glob pattern."""
+    files = sorted(folder.glob(pattern))
+    require(len(files) == 1, folder, f"expected one file {pattern}, found {len(files)}")
+    return files[0]
+
+
+def read_json(path, what: str, kind: type):
+    """The JSON of an official file; its outermost value is a `kind` (dict or list), not empty."""
+    value = parse_json(read_text(expected(path, what)), str(path))
+    if not isinstance(value, kind) or not value:
+        actual = type(value).__name__ if value else "nothing"
+        raise InputError(f"{path}: expected a {kind.__name__} ({what}), found {actual}")
+    return value
+
+
+def read_json_lines(path, what: str) -> list[tuple[str, dict]]:
+    """(where, record) of every line of an official JSON lines file; blank lines are skipped."""
+    records = []
+    for n, line in enumerate(read_text(expected(path, what)).split("\n"), 1):
+        if line.strip():
+            where = f"{path}: line {n}"
+            record = parse_json(line, where)
+            require_object(record, where)
+            records.append((where, record))
+    require(records, path, f"no records; expected here: {what}")
+    return records
+
+
+def require_object(record, where: str) -> None:
+    actual = type(record).__name__
+    require(isinstance(record, dict), where, f"expected an object, found {actual}")
+
+
+def get(record: dict, name: str, kind, where: str):
+    """A field of an official record, of the type `kind` (such as str or list[dict])."""
+    require_object(record, where)
+    require(name in record, where, f"field '{name}' is missing")
+    return parse_value(kind, record[name], f"{where}: field '{name}'")
+
+
+def percent(values) -> float:
+    """Mean of shares, in percent."""
+    return 100 * sum(values) / len(values)

@@ -1,0 +1,172 @@
+"""VQAv2: open questions about COCO images, ten people's answers each.
+
+source       visualqa.org, GT-Vision-Lab/VQA (vqaEval.py)
+DATA         v2_OpenEnded_mscoco_*_questions.json, v2_mscoco_*_annotations.json (where the answers
+             are public: not of the test splits), images/
+writes       OUT/vqa_results.json for the evaluation server
+exact        normaliser, accuracy
+approximated nothing
+
+    python 04_eval.py --benchmark vqav2 --data VQAv2 --model toy/base --out runs/vqav2
+"""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals.official import SHORT_ANSWER, get, only, percent, read_json, require
+from hermesflow.files import write_text
+from hermesflow.scoring import DIGITS
+
+
+@dataclass
+class Question:
+    question_id: int
+    image: str  # file name
+    question: str
+    answers: list[str]  # ten; empty for the test splits
+    answer_type: str = ""  # yes/no, number, other
+
+
+def read(questions, annotations=None) -> list[Question]:
+    """The questions file, with the annotations file where the answers are public."""
+    what = "v2_OpenEnded_mscoco_*_questions.json of visualqa.org"
+    data = read_json(questions, what, dict)
+    # test-dev is a part of test, and its images are named after that
+    subset = get(data, "data_subtype", str, str(questions)).replace("test-dev", "test")
+    records = []
+    for n, record in enumerate(get(data, "questions", list[dict], str(questions)), 1):
+        where = f"{questions}: question {n}"
+        image_id = get(record, "image_id", int, where)
+        question_id = get(record, "question_id", int, where)
+        text = get(record, "question", str, where)
+        records.append(Question(question_id, f"COCO_{subset}_{image_id:012d}.jpg", text, []))
+    require(records, questions, f"no questions; expected here: {what}")
+
+    if annotations is not None:
+        known = read_annotations(annotations)
+        for q in records:
+            require(q.question_id in known, annotations,
+                    f"no annotation for question_id {q.question_id} of {questions}")
+            q.answers, q.answer_type = known[q.question_id]
+    return records
+
+
+def read_annotations(path) -> dict[int, tuple[list[str], str]]:
+    """(answers, answer type) by question id."""
+    data = read_json(path, "v2_mscoco_*_annotations.json of visualqa.org", dict)
+    known = {}
+    for n, record in enumerate(get(data, "annotations", list[dict], str(path)), 1):
+        where = f"{path}: annotation {n}"
+        given = get(record, "answers", list[dict], where)
+        answers = [get(a, "answer", str, f"{where}: field 'answers'") for a in given]
+        require(answers, where, "field 'answers' is empty")
+        answer_type = get(record, "answer_type", str, where)
+        known[get(record, "question_id", int, where)] = (answers, answer_type)
+    return known
+
+
+def prompt(question: Question) -> str:
+    return question.question + SHORT_ANSWER
+
+
+NUMBERS = {"none": "0"} | DIGITS
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+
+
+def spelling() -> dict[str, str]:
+    """Contractions by what they are misspelled as.
+
+    The official table knows each of them with exactly one apostrophe left out, and one the wrong
+    way round.
+    """
+    table = {}
+    for word in CONTRACTIONS:
+        for i, character in enumerate(word):
+            if character == "'":
+                table[word[:i] + word[i + 1 :]] = word
+    table["somebody'd"] = "somebodyd"
+    return table
+
+
+SPELLING = spelling()
+
+
+def clean(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def strip_punctuation(text: str) -> str:
+    """Punctuation at a word's edge goes; between words it becomes a space.
+
+    One digit,digit anywhere makes all punctuation go. Both tests look at the input, not at what is
+    left of it. Last, periods that no digit follows go.
+    """
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        at_edge = mark + " " in text or " " + mark in text or re.search("[0-9],[0-9]", text)
+        out = out.replace(mark, "" if at_edge else " ")
+    # 32 periods at most: the official call passes a flag where the count belongs
+    return re.sub(r"\.(?![0-9])", "", out, count=32)
+
+
+def normalise(text: str) -> str:
+    """vqaEval.py: punctuation, lower case, number words, articles, contractions."""
+    words = []
+    for word in strip_punctuation(clean(text)).lower().split():
+        word = NUMBERS.get(word, word)
+        if word not in ("a", "an", "the"):
+            words.append(SPELLING.get(word, word))
+    return " ".join(words)
+
+
+def accuracy(answer: str, truth: list[str]) -> float:
+    """vqaEval.py: min(1, matches / 3) against all people but one, mean over who is left out.
+
+    0 to 1. Both sides are normalised only where the people's answers differ.
+    """
+    differ = len({clean(t) for t in truth}) > 1
+    form = normalise if differ else clean
+    matches = [form(t) == form(answer) for t in truth]
+    return sum(min(1.0, (sum(matches) - left_out) / 3) for left_out in matches) / len(matches)
+
+
+def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
+    """Percent overall and per answer type."""
+    require(all(q.answers for q in questions), "VQAv2",
+            "scores need the annotations file; test splits have a server")
+    groups = defaultdict(list)
+    for q, answer in zip(questions, answers, strict=True):
+        value = accuracy(answer, q.answers)
+        groups["overall"].append(value)
+        groups[q.answer_type].append(value)
+    return {group: percent(values) for group, values in groups.items()}
+
+
+def write(path, questions: list[Question], answers: list[str]) -> None:
+    """Results for the evaluation server."""
+    results = []
+    for q, answer in zip(questions, answers, strict=True):
+        results.append({"question_id": q.question_id, "answer": answer})
+    write_text(path, json.dumps(results))
+
+
+def run(data: Path, out: Path, ask) -> dict:
+    """Accuracies; of a test split nothing, as its answers are not public."""
+    annotations = sorted(data.glob("v2_mscoco_*_annotations.json"))
+    questions = read(only(data, "v2_OpenEnded_mscoco_*_questions.json"),
+                     annotations[0] if annotations else None)
+    answers = ask([(data / "images" / q.image, prompt(q)) for q in questions])
+    write(out / "vqa_results.json", questions, answers)
+    return score(questions, answers) if questions[0].answers else {}

@@ -1,26 +1,39 @@
-"""Memory and work of training Show-o's 1.448 B parameters, counted on tensors without data: no GPU, a minute.
+"""Memory and work of training Show-o's 1.448 B parameters, counted without data and without a GPU.
 
-    python bench/memory.py
+    python bench/memory.py    # two minutes
 
-One Pair-DPO micro-batch through the stage's own packing and model. Activations: every tensor that autograd saves, once.
-Parameters, gradients and AdamW's two moments are float32 in all settings (autocast casts a copy of the weights per step).
+One Pair-DPO micro-batch goes through the stage's own packing and network, on tensors that have
+shapes and no contents. Activations are the tensors that autograd saves, each counted once.
+Parameters, gradients and AdamW's two moments are float32 in all settings: autocast casts a copy of
+the weights at every step.
 """
 
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from hermesflow.options import stage_parser
+
+if __name__ == "__main__":
+    stage_parser(__doc__).parse_args()  # before the heavy imports, so that --help answers at once
+
+from itertools import product
+
 import torch
 from torch._subclasses import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).parent))
-import bench  # noqa: E402
-from model import IGNORE, Showo, pack  # noqa: E402
+from bench.bench import dpo_rows, empty_net, flop_counter
+from hermesflow.showo import IGNORE, Pack, Showo, pack
 
 
-def saved_bytes(model, packs, labels) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for backward, parameters left out; and its FLOP, forward and backward."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
+def count(net: Showo, packs: list[Pack], labels: list[int]) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for backward, without parameters; and FLOP of both passes.
+
+    labels: how many positions of each pack have a label. Which ones does not matter here.
+    """
+    parameters = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = {}  # storage -> its bytes, and a tensor that keeps it alive
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -28,41 +41,45 @@ def saved_bytes(model, packs, labels) -> tuple[int, int]:
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    with bench.counter() as flops:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            total = 0.0
-            for p, count in zip(packs, labels):
-                hidden = model.hidden(p["ids"], p["positions"], layout=p["layout"])
-                total = total + model.label_logprobs(hidden.flatten(0, 1)[:count], p["ids"].flatten()[:count],
-                                                      model.showo.lm_head).sum()
+    with flop_counter() as flops:
+        total = 0.0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for p, M in zip(packs, labels):
+                hidden = net.hidden(p.ids, p.positions, layout=p.layout)  # (B, T, D)
+                hidden = hidden.flatten(0, 1)[:M]
+                logps = net.label_logps(hidden, p.ids.flatten()[:M], net.showo.lm_head)  # (M,)
+                total = total + logps.sum()
         total.backward()
-    return sum(n for n, _ in kept.values()), flops.get_total_flops()
+    return sum(nbytes for nbytes, _ in kept.values()), flops.get_total_flops()
+
+
+def without_data(p: Pack, fake: FakeTensorMode) -> Pack:
+    """A pack whose ids and positions have shapes and no contents."""
+    return p._replace(ids=fake.from_tensor(p.ids), positions=fake.from_tensor(p.positions))
 
 
 def main():
-    empty = bench.empty_model("1.3b")
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = Showo(empty.config, empty.showo.config, empty.tokens)
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{n / 1e9:.3f} B parameters: weights {4 * n / 1e9:.1f} GB in float32, {2 * n / 1e9:.1f} GB in bfloat16; "
-          f"with gradients and AdamW {16 * n / 1e9:.1f} GB")
-    rows = bench.dpo_rows(model.tokens, [[0] * 1024] * 3)
-    for size in (1, 4):
-        for precision in ("float32", "bfloat16"):
-            for checkpointing in (False, True):
-                packs = [pack([row] * size, model.tokens.pad) for row in rows]
-                labels = [int((p["targets"] != IGNORE).sum()) for p in packs]
-                with fake:
-                    packs = [{k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in p.items()}
-                             for p in packs]
-                    model.train()
-                    (model.showo.gradient_checkpointing_enable if checkpointing
-                     else model.showo.gradient_checkpointing_disable)()
-                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                        kept, flops = saved_bytes(model, packs, labels)
-                    model.zero_grad()
-                print(f"micro-batch {size}, {precision:8}, gradient checkpointing {'on ' if checkpointing else 'off'}: "
-                      f"activations {kept / 1e9:6.1f} GB, {flops / size / 1e12:5.1f} TFLOP per record", flush=True)
+    empty = empty_net("1.3b")
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        net = Showo(empty.config, empty.showo.config, empty.tokens).train()
+    n = sum(p.numel() for p in net.parameters())
+    print(f"{n / 1e9:.3f} B parameters: weights {4 * n / 1e9:.1f} GB in float32, "
+          f"{2 * n / 1e9:.1f} GB in bfloat16; with gradients and AdamW {16 * n / 1e9:.1f} GB")
+    rows = dpo_rows(net.tokens, [[0] * net.tokens.image_tokens] * 3)
+    settings = product((1, 4), ("float32", "bfloat16"), (False, True))
+    for size, precision, checkpointing in settings:
+        packs = [pack([row] * size, net.tokens.pad) for row in rows]
+        labels = [int((p.targets != IGNORE).sum()) for p in packs]
+        packs = [without_data(p, fake) for p in packs]
+        net.checkpoint_activations(checkpointing)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with fake, autocast:
+            kept, flops = count(net, packs, labels)
+        net.zero_grad()
+        switch = "on " if checkpointing else "off"
+        print(f"micro-batch {size}, {precision:8}, gradient checkpointing {switch}: activations "
+              f"{kept / 1e9:6.1f} GB, {flops / size / 1e12:5.1f} TFLOP per record", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Speed, memory and resistance to kills, measured against the original's algorithm."""

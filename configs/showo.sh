@@ -1,0 +1,43 @@
+# The paper's run: Show-o at 512 px, 5,000 JourneyDB pairs, three rounds, 8 GPUs.
+# The defaults of sampling and training are the paper's; those of scoring need no download, so the
+# paper's encoders are set here.
+# Set a variable in the environment to change it. What you put into SAMPLE, SCORE, DPO or EVAL comes
+# after the flags below, so it wins over them and drops none of the others.
+
+OUT=${OUT:-runs/show-o}         # everything is written here
+ROUNDS=${ROUNDS:-3}
+SEED=${SEED:-0}
+LAUNCH=${LAUNCH:-accelerate launch --num_processes 8}   # one process per GPU
+BASE=${BASE:-showlab/show-o-512x512}                    # the policy of round 0
+TRAIN=${TRAIN:-initial_data.json}                       # the original's records, or our JSONL
+HELD_OUT=${HELD_OUT:-held_out.jsonl}                    # records with questions, for the gap
+JUDGE=${JUDGE:-Qwen/Qwen2.5-VL-7B-Instruct}             # answers about drawings (the paper: GPT-4o)
+PAIRS=${PAIRS:-self-play}       # Eq. 9-10, as the paper; in large rounds of the toy, fresh pairs do
+                                # better (toy/results/over_rounds.md)
+
+SAMPLE=(                        # 10 captions as released; 16 images, 50 steps, guidance 5
+  --questions vqa_data.json     # the original's questions, joined by id
+  --dtype bfloat16
+  ${SAMPLE:-}
+)
+SCORE=(                         # the best image must answer more than 60 % of its questions
+  --dtype bfloat16
+  --reencode                    # judge images after decoding and encoding, as the original does
+  --caption-scorer google-bert/bert-large-uncased                   # cosine of [CLS] vectors
+  --matcher sentence-transformers/all-mpnet-base-v2                 # answers to choices
+  ${SCORE:-}
+)
+# For records without questions, add to SCORE:
+#   --question-model tifa-benchmark/llama2_tifa_question_generation
+#   --qa-model allenai/unifiedqa-v2-t5-large-1363200
+DPO=(                           # beta 0.2, lr 2e-5 cosine, weight decay 0.01, 3,000 steps of 32
+  --precision bf16
+  --gradient-checkpointing      # 30 GB less per GPU, a fifth more work
+  ${DPO:-}
+)
+EVAL=(                          # 50 steps, guidance 5; answers understood as in scoring
+  --dtype bfloat16
+  --caption-scorer google-bert/bert-large-uncased
+  --matcher sentence-transformers/all-mpnet-base-v2
+  ${EVAL:-}
+)

@@ -1,0 +1,45 @@
+# The toy world: two rounds on 2 CPU cores in about 5 minutes, without any download.
+# Set a variable in the environment to change it. What you put into SAMPLE, SCORE, DPO or EVAL comes
+# after the flags below, so it wins over them and drops none of the others.
+
+OUT=${OUT:-runs/toy}            # everything is written here
+ROUNDS=${ROUNDS:-2}
+SEED=${SEED:-0}
+LAUNCH=${LAUNCH:-python}        # "torchrun --nproc-per-node 2": two processes
+BASE=${BASE:-toy/base}          # the policy of round 0
+TRAIN=${TRAIN:-$OUT/preference/records.jsonl}   # made by toy/world.py if they are not there
+HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}
+JUDGE=${JUDGE:-toy}             # the toy world's exact oracle answers about drawings
+PAIRS=${PAIRS:-fresh}           # fresh: a round's own best and worst; self-play: Eq. 9-10
+
+SAMPLE=(
+  --captions 8                  # per image
+  --caption-settings 0:2.0      # the whole vocabulary at temperature 2
+  --max-new-tokens 20
+  --images 8                    # per caption
+  --steps 16                    # one image token per step
+  --guidance 0
+  --batch 16
+  ${SAMPLE:-}
+)
+SCORE=(
+  --batch 4
+  ${SCORE:-}
+)
+DPO=(
+  --beta 0.2
+  --lr 5e-5
+  --schedule linear
+  --warmup 0.1
+  --epochs 1                    # for a number of steps: --epochs 0 --steps N
+  --batch 16
+  --micro-batch 16              # with N processes: 16 / N
+  --nll-und 1                   # keeps captions where they are
+  ${DPO:-}
+)
+EVAL=(
+  --steps 16
+  --guidance 0
+  --batch 32
+  ${EVAL:-}
+)

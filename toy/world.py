@@ -1,45 +1,56 @@
 """A world of coloured shapes, small enough to train on a laptop and exact enough to judge.
 
-A scene is a 4x4 grid of 16-px cells on a plain background; each cell is empty or holds one of 40 object types
-(2 sizes x 5 colours x 4 shapes). A caption names one object, a pair in a relation, or a number of equal objects:
+A scene is a 4x4 grid of 16-px cells on a plain background; each cell is empty or holds one of 40
+object types (2 sizes x 5 colours x 4 shapes). A caption names one object, a pair in a relation, or
+a number of equal objects:
 
     a big red ring | a big red ring left of a small blue square | three small green triangles
 
-Everything a model draws can be read back from the pixels (`read`), so captions and questions have exact answers.
+Everything a model draws can be read back from the pixels (`read`), so captions and questions have
+exact answers.
 
-    python toy/world.py --split preference --n 512 --seed 0 --out runs/toy/preference   # records with images
-    python toy/world.py --sheet sheet.png                                               # look at the world
+    python toy/world.py --split preference --n 512 --seed 0 --out runs/toy/preference
+    python toy/world.py --sheet sheet.png
 """
+
 import argparse
 import hashlib
 import json
 import os
 import re
 from collections import namedtuple
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 GRID, CELL = 4, 16
 SIDE = GRID * CELL
-SIZES = {"big": 14, "small": 9}                 # width in pixels
-COLORS = {"red": (215, 20, 40), "green": (0, 185, 70), "blue": (40, 80, 240), "yellow": (250, 205, 0),
-          "black": (10, 10, 15)}
-SHAPES = {"square": "squares", "ring": "rings", "triangle": "triangles", "cross": "crosses"}  # word -> plural
+SIZES = {"big": 14, "small": 9}  # width in pixels
+COLORS = {
+    "red": (215, 20, 40),
+    "green": (0, 185, 70),
+    "blue": (40, 80, 240),
+    "yellow": (250, 205, 0),
+    "black": (10, 10, 15),
+}
+# word -> plural
+SHAPES = {"square": "squares", "ring": "rings", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "above")
 BACKGROUND = (244, 243, 238)
 SPLITS = {"train": 50, "preference": 30, "eval": 20}  # per cent of the captions
-EMPTY, UNKNOWN = -1, -2                         # grid entries that are not a type
-THRESHOLD = 45.0                                # RMS distance (0..255) beyond which a cell is an unknown object
+EMPTY, UNKNOWN = -1, -2  # grid entries that are not a type
+THRESHOLD = 45.0  # RMS distance (0..255) beyond which a cell is an unknown object
 
 Type = namedtuple("Type", "size color shape")
-TYPES = [Type(size, color, shape) for size in SIZES for color in COLORS for shape in SHAPES]
-# kind: single, pair or count; types: (a,) or (a, b) as indices into TYPES; relation: None or one of RELATIONS
+TYPES = [Type(*t) for t in product(SIZES, COLORS, SHAPES)]
+# kind: single, pair or count; types: (a,) or (a, b) as indices into TYPES;
+# relation: None or one of RELATIONS
 Spec = namedtuple("Spec", "kind types relation number")
 
 
-# ---------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 def name(index, plural=False):
     """Type index -> words, e.g. 'big red ring' or 'big red rings'."""
@@ -74,11 +85,11 @@ def specs():
             yield Spec("count", (a,), None, number)
 
 
-CAPTIONS = {phrase(s): s for s in specs()}      # all 3,280 captions -> spec
+CAPTIONS = {phrase(s): s for s in specs()}  # all 3,280 captions -> spec
 
 
 def parse(caption):
-    """Caption -> Spec; ValueError if it is not a caption of this world (a model may write anything)."""
+    """Caption -> Spec; ValueError if it is not one of this world's (a model may write anything)."""
     text = " ".join(caption.lower().split())
     if text not in CAPTIONS:
         raise ValueError(f"not a caption of this world: {caption!r}")
@@ -86,18 +97,20 @@ def parse(caption):
 
 
 def _hash(*parts):
-    """A large integer that depends on the parts only; Python's own hash changes from run to run."""
-    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big")
+    """A large integer that depends on the parts only; Python's own hash differs between runs."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def split(caption):
     """Caption -> 'train', 'preference' or 'eval'.
 
-    A pair is hashed without order and relation: all four captions of two types land in the same split, so a held-out
-    combination was never trained on in any arrangement.
+    A pair is hashed without order and relation: all four captions of two types land in the same
+    split, so a held-out combination is never trained on in any arrangement.
     """
     spec = parse(caption)
-    number = _hash("toy world", spec.kind, spec.number, *sorted(name(t) for t in spec.types)) % 100
+    names = sorted(name(t) for t in spec.types)
+    number = _hash("toy world", spec.kind, spec.number, *names) % 100
     for word, share in SPLITS.items():
         if number < share:
             return word
@@ -109,19 +122,21 @@ def captions(which=None):
     return [c for c in CAPTIONS if which is None or split(c) == which]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 def _mask(size, shape):
     """(16, 16) bool: the pixels of one object, hard-edged, centred in its cell."""
     width = SIZES[size]
     start = (CELL - width) // 2
     y, x = np.mgrid[:width, :width] - (width - 1) / 2
-    inside = {"square": np.ones((width, width), bool),
-              "ring": (np.hypot(x, y) <= width / 2) & (np.hypot(x, y) >= width / 4),
-              "triangle": np.abs(x) <= (y + (width - 1) / 2 + 1) / 2,
-              "cross": np.minimum(np.abs(x), np.abs(y)) < 0.17 * width}[shape]
+    inside = {
+        "square": np.ones((width, width), bool),
+        "ring": (np.hypot(x, y) <= width / 2) & (np.hypot(x, y) >= width / 4),
+        "triangle": np.abs(x) <= (y + (width - 1) / 2 + 1) / 2,
+        "cross": np.minimum(np.abs(x), np.abs(y)) < 0.17 * width,
+    }
     mask = np.zeros((CELL, CELL), bool)
-    mask[start:start + width, start:start + width] = inside
+    mask[start : start + width, start : start + width] = inside[shape]
     return mask
 
 
@@ -152,11 +167,11 @@ def scene(caption, rng):
 
 def render(grid):
     """(4, 4) grid of types -> (64, 64, 3) uint8 image."""
-    cells = TEMPLATES[np.asarray(grid)]                             # (4, 4, 16, 16, 3)
+    cells = TEMPLATES[np.asarray(grid)]  # (4, 4, 16, 16, 3)
     return cells.transpose(0, 2, 1, 3, 4).reshape(SIDE, SIDE, 3)
 
 
-# ---------------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 
 def _question(text, choices, answer, element):
     return {"question": text, "choices": list(choices), "answer": answer, "element": element}
@@ -165,7 +180,7 @@ def _question(text, choices, answer, element):
 def questions(caption):
     """Caption -> 8 to 10 multiple-choice questions whose answers can be seen in the image alone.
 
-    The same caption always gets the same questions; of its yes/no questions half are answered 'yes'.
+    The same caption always gets the same questions; half of its yes/no questions are answered 'yes'.
     """
     spec = parse(caption)
 
@@ -175,52 +190,75 @@ def questions(caption):
 
     def absent(what):
         """A type that is not in the scene but differs from one that is in just one attribute."""
-        near = pick(what, spec.types)
-        return pick(what + " near", (i for i, t in enumerate(TYPES) if i not in spec.types
-                                     and sum(u != v for u, v in zip(t, TYPES[near])) == 1))
+        near = TYPES[pick(what, spec.types)]
+        options = []
+        for i, t in enumerate(TYPES):
+            differing = sum(u != v for u, v in zip(t, near))
+            if i not in spec.types and differing == 1:
+                options.append(i)
+        return pick(what + " near", options)
 
     asked = []
     if spec.kind == "pair":
-        sides = ("on the left", "on the right") if spec.relation == "left of" else ("at the top", "at the bottom")
+        sides = ("at the top", "at the bottom")
+        if spec.relation == "left of":
+            sides = ("on the left", "on the right")
         for side, index in zip(sides, spec.types):
             t = TYPES[index]
-            asked += [_question(f"what color is the shape {side}?", COLORS, t.color, "color"),
-                      _question(f"what shape is {side}?", SHAPES, t.shape, "shape"),
-                      _question(f"what size is the shape {side}?", SIZES, t.size, "attribute")]
+            asked += [
+                _question(f"what color is the shape {side}?", COLORS, t.color, "color"),
+                _question(f"what shape is {side}?", SHAPES, t.shape, "shape"),
+                _question(f"what size is the shape {side}?", SIZES, t.size, "attribute"),
+            ]
         which = pick("where", (0, 1))
-        asked.append(_question(f"where is the {name(spec.types[which])}?", ("left", "right", "top", "bottom"),
-                               sides[which].split()[-1], "spatial"))
+        text = f"where is the {name(spec.types[which])}?"
+        answer = sides[which].split()[-1]
+        asked.append(_question(text, ("left", "right", "top", "bottom"), answer, "spatial"))
     else:
         t = TYPES[spec.types[0]]
         one = spec.kind == "single"
-        asked += [_question(f"what color {'is the shape' if one else 'are the shapes'}?", COLORS, t.color, "color"),
-                  _question(f"what shape {'is it' if one else 'are they'}?", SHAPES, t.shape, "shape"),
-                  _question(f"what size {'is the shape' if one else 'are the shapes'}?", SIZES, t.size, "attribute")]
-        color, shape = pick("color", [c for c in COLORS if c != t.color]), \
-            pick("shape", [s for s in SHAPES if s != t.shape])
+        shapes = "is the shape" if one else "are the shapes"
+        it = "is it" if one else "are they"
+        asked += [
+            _question(f"what color {shapes}?", COLORS, t.color, "color"),
+            _question(f"what shape {it}?", SHAPES, t.shape, "shape"),
+            _question(f"what size {shapes}?", SIZES, t.size, "attribute"),
+        ]
+        color = pick("color", [c for c in COLORS if c != t.color])
+        shape = pick("shape", [s for s in SHAPES if s != t.shape])
         if pick("swap", (True, False)):
-            asked += [_question(f"is there a {t.color} shape?", ("yes", "no"), "yes", "color"),
-                      _question(f"is there a {shape}?", ("yes", "no"), "no", "object")]
+            asked += [
+                _question(f"is there a {t.color} shape?", ("yes", "no"), "yes", "color"),
+                _question(f"is there a {shape}?", ("yes", "no"), "no", "object"),
+            ]
         else:
-            asked += [_question(f"is there a {color} shape?", ("yes", "no"), "no", "color"),
-                      _question(f"is there a {t.shape}?", ("yes", "no"), "yes", "object")]
+            asked += [
+                _question(f"is there a {color} shape?", ("yes", "no"), "no", "color"),
+                _question(f"is there a {t.shape}?", ("yes", "no"), "yes", "object"),
+            ]
         if not one:
             word = caption.split()[0]
             plural = name(spec.types[0], plural=True)
             asked.append(_question(f"how many {plural} are there?", NUMBERS, word, "counting"))
+
     word = next(w for w, n in NUMBERS.items() if n == spec.number)
-    asked += [_question("how many shapes are there?", NUMBERS, word, "counting"),
-              _question(f"is there a {name(pick('present', spec.types))}?", ("yes", "no"), "yes", "object"),
-              _question(f"is there a {name(absent('absent'))}?", ("yes", "no"), "no", "object")]
+    present = name(pick("present", spec.types))
+    missing = name(absent("absent"))
+    asked += [
+        _question("how many shapes are there?", NUMBERS, word, "counting"),
+        _question(f"is there a {present}?", ("yes", "no"), "yes", "object"),
+        _question(f"is there a {missing}?", ("yes", "no"), "no", "object"),
+    ]
     return asked
 
 
-# ---------------------------------------------------------------------------------------------- the oracle
+# --------------------------------------------------------------------------------------- the oracle
 
 def read(image):
-    """Image (PIL or uint8 array of any size, or a grid already read) -> (4, 4) grid of types, EMPTY or UNKNOWN.
+    """Image -> (4, 4) grid of types, EMPTY or UNKNOWN.
 
-    Each cell becomes its nearest template in RGB; too far from all of them it is an unknown object, right for nothing.
+    image: PIL or uint8 array of any size, or a grid already read. Each cell becomes its nearest
+    template in RGB; too far from all of them it is an unknown object, right for nothing.
     """
     if isinstance(image, np.ndarray) and image.shape == (GRID, GRID):
         return image
@@ -229,9 +267,10 @@ def read(image):
     image = image.convert("RGB")
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.BICUBIC)
-    cells = np.asarray(image, np.float32).reshape(GRID, CELL, GRID, CELL, 3).transpose(0, 2, 1, 3, 4)
-    cells = cells.reshape(GRID * GRID, 1, -1)
-    distance = np.sqrt(((cells - TEMPLATES.reshape(1, len(TEMPLATES), -1)) ** 2).mean(2))   # (16, 41)
+    cells = np.asarray(image, np.float32).reshape(GRID, CELL, GRID, CELL, 3)
+    cells = cells.transpose(0, 2, 1, 3, 4).reshape(GRID * GRID, 1, -1)  # (16, 1, 768)
+    templates = TEMPLATES.reshape(1, len(TEMPLATES), -1)  # (1, 41, 768)
+    distance = np.sqrt(((cells - templates) ** 2).mean(2))  # (16, 41)
     best = distance.argmin(1)
     grid = np.where(best == len(TYPES), EMPTY, best)
     grid[distance.min(1) > THRESHOLD] = UNKNOWN
@@ -239,12 +278,14 @@ def read(image):
 
 
 def judge(image, caption):
-    """Does the image show what the caption says?  -> dict of bools.
+    """Does the image show what the caption says? -> dict of bools.
 
-    objects: the same set of sized shapes, in whatever colour; colours: the same set of colours; counts: as many;
-    positions: the relation holds between the named objects; correct: exactly the scene of the caption.
+    objects: the same set of sized shapes, in whatever colour; colours: the same set of colours;
+    counts: as many; positions: the relation holds between the named objects; correct: exactly the
+    scene of the caption.
     """
-    grid, spec = read(image), parse(caption)
+    grid = read(image)
+    spec = parse(caption)
     found = [int(t) for t in grid.flat if t != EMPTY]
     seen = [TYPES[t] if t != UNKNOWN else None for t in found]
     wanted = [TYPES[t] for t in spec.types]
@@ -254,21 +295,32 @@ def judge(image, caption):
         positions = all(len(p) == 1 for p in places)
         if positions:
             (row, column), (row2, column2) = places[0][0], places[1][0]
-            positions = bool(row == row2 and column < column2 if spec.relation == "left of"
-                             else column == column2 and row < row2)
+            if spec.relation == "left of":
+                positions = bool(row == row2 and column < column2)
+            else:
+                positions = bool(column == column2 and row < row2)
+
     number_of_each = spec.number // len(spec.types)
-    return {"objects": {t and (t.size, t.shape) for t in seen} == {(t.size, t.shape) for t in wanted},
-            "colours": {t and t.color for t in seen} == {t.color for t in wanted},
-            "counts": len(found) == spec.number,
-            "positions": positions,
-            "correct": positions and sorted(found) == sorted(spec.types * number_of_each)}
+    shapes = {t and (t.size, t.shape) for t in seen}
+    colours = {t and t.color for t in seen}
+    return {
+        "objects": shapes == {(t.size, t.shape) for t in wanted},
+        "colours": colours == {t.color for t in wanted},
+        "counts": len(found) == spec.number,
+        "positions": positions,
+        "correct": positions and sorted(found) == sorted(spec.types * number_of_each),
+    }
 
 
 def answer(image, question):
-    """The exact answer to one of this world's questions (its text or its dict), or 'none' if it does not apply."""
+    """The exact answer to one of this world's questions, or 'none' if it does not apply.
+
+    question: its text or its dict.
+    """
     grid = read(image)
-    text = (question["question"] if isinstance(question, dict) else question).lower().strip(" ?")
-    places = np.argwhere(grid != EMPTY)                             # (objects, 2) row, column
+    text = question["question"] if isinstance(question, dict) else question
+    text = text.lower().strip(" ?")
+    places = np.argwhere(grid != EMPTY)  # (objects, 2) row, column
     found = [int(grid[row, column]) for row, column in places]
 
     def attribute(index, what):
@@ -293,16 +345,20 @@ def answer(image, question):
         which = NAMES.get(match[1])
         if len(found) != 2 or found.count(which) != 1:
             return "none"
-        (row, column), (row2, column2) = places[::1 if found[0] == which else -1]
-        if (row == row2) == (column == column2):                    # in neither one row nor one column
+        (row, column), (row2, column2) = places if found[0] == which else places[::-1]
+        if (row == row2) == (column == column2):  # in neither one row nor one column
             return "none"
-        return ("left" if column < column2 else "right") if row == row2 else ("top" if row < row2 else "bottom")
-    if match := re.fullmatch(r"what (color|shape|size) is (?:the shape )?(?:on|at) the (left|right|top|bottom)", text):
+        if row == row2:
+            return "left" if column < column2 else "right"
+        return "top" if row < row2 else "bottom"
+    where = r"(?:the shape )?(?:on|at) the (left|right|top|bottom)"
+    if match := re.fullmatch(rf"what (color|shape|size) is {where}", text):
         # the one object farthest on that side, if the objects spread in that direction at all
         along = places[:, 1 if match[2] in ("left", "right") else 0]
         if len(along) == 0 or along.min() == along.max():
             return "none"
-        at = np.flatnonzero(along == (along.min() if match[2] in ("left", "top") else along.max()))
+        farthest = along.min() if match[2] in ("left", "top") else along.max()
+        at = np.flatnonzero(along == farthest)
         return attribute(found[at[0]], match[1]) if len(at) == 1 else "none"
     if match := re.fullmatch(r"what (color|shape|size) (?:is|are) (?:the shapes?|it|they)", text):
         values = {attribute(i, match[1]) for i in found}
@@ -310,7 +366,7 @@ def answer(image, question):
     return "none"
 
 
-# ---------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 def _write(path, save):
     """Write through a temporary file: a reader sees the old file or the whole new one."""
@@ -320,9 +376,10 @@ def _write(path, save):
 
 
 def records(which, n, seed, out_dir):
-    """Write n records of a split: out_dir/images/<id>.png and out_dir/records.jsonl; returns the records.
+    """Write n records of a split: out_dir/images/<id>.png and out_dir/records.jsonl; returns them.
 
-    Captions are all different until the split is used up; only then do they come again, with other placements.
+    Captions are all different until the split is used up; only then do they come again, with other
+    placements.
     """
     rng = np.random.default_rng(seed)
     pool = captions(which)
@@ -331,8 +388,13 @@ def records(which, n, seed, out_dir):
     rows = []
     for i in range(n):
         caption = pool[order[i % len(pool)]]
-        row = {"id": f"{which}-{seed}-{i:05d}", "image": f"images/{which}-{seed}-{i:05d}.png",
-               "caption": caption, "questions": questions(caption)}
+        identifier = f"{which}-{seed}-{i:05d}"
+        row = {
+            "id": identifier,
+            "image": f"images/{identifier}.png",
+            "caption": caption,
+            "questions": questions(caption),
+        }
         image = Image.fromarray(render(scene(caption, rng)))
         _write(os.path.join(out_dir, row["image"]), lambda path: image.save(path, format="PNG"))
         rows.append(row)
@@ -341,18 +403,19 @@ def records(which, n, seed, out_dir):
     def save(path):
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
+
     _write(os.path.join(out_dir, "records.jsonl"), save)
     return rows
 
 
 def vocabulary():
-    """Every word of the world's captions, questions, choices and the prompts around them, sorted."""
+    """Every word of the captions, questions, choices and the prompts around them, sorted."""
     text = ["USER: ASSISTANT: Give a caption for this image. Question: Choice: none"]
     for caption in CAPTIONS:
         text.append(caption)
         for q in questions(caption):
             text += [q["question"], q["answer"], *q["choices"]]
-    return sorted({word for line in text for word in re.findall(r"\w+", line.lower())})
+    return sorted(set(re.findall(r"\w+", " ".join(text).lower())))
 
 
 def sheet(path, zoom=2):
@@ -362,17 +425,24 @@ def sheet(path, zoom=2):
     chosen += [c for c in captions() if parse(c).kind == "single"][:2]
     chosen += [c for c in captions() if parse(c).kind == "count"][::17][:6]
     tiles = [(name(i), TEMPLATES[i]) for i in range(len(TYPES))]
-    tile, scene_tile = CELL * zoom * 2, SIDE * zoom
+    tile = CELL * zoom * 2
+    scene_tile = SIDE * zoom
     page = Image.new("RGB", (8 * (tile + 48), 5 * (tile + 22) + 4 * (scene_tile + 40)), "white")
     draw = ImageDraw.Draw(page)
+
+    # the objects, eight in a row
     for i, (label, cell) in enumerate(tiles):
         x, y = i % 8 * (tile + 48), i // 8 * (tile + 22)
         page.paste(Image.fromarray(cell).resize((tile, tile), Image.NEAREST), (x + 8, y + 4))
         draw.text((x + 4, y + tile + 5), label, fill="black")
-    top, width = 5 * (tile + 22), page.width // 4
+
+    # the scenes below them, four in a row
+    top = 5 * (tile + 22)
+    width = page.width // 4
     for i, caption in enumerate(chosen[:16]):
         x, y = i % 4 * width, top + i // 4 * (scene_tile + 40)
-        picture = Image.fromarray(render(scene(caption, rng))).resize((scene_tile, scene_tile), Image.NEAREST)
+        picture = Image.fromarray(render(scene(caption, rng)))
+        picture = picture.resize((scene_tile, scene_tile), Image.NEAREST)
         page.paste(picture, (x + 8, y + 6))
         words = caption.replace(" left of ", "\nleft of ").replace(" above ", "\nabove ")
         draw.text((x + 8, y + scene_tile + 8), words, fill="black")
@@ -380,12 +450,16 @@ def sheet(path, zoom=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make records of the toy world, or look at it.")
-    parser.add_argument("--split", choices=list(SPLITS))
-    parser.add_argument("--n", type=int, default=512, help="number of records")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for records.jsonl and images/")
-    parser.add_argument("--sheet", metavar="PNG", help="draw a contact sheet instead")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("records")
+    group.add_argument("--split", choices=list(SPLITS), help="which captions")
+    group.add_argument("--n", type=int, default=512, help="number of records [%(default)s]")
+    group.add_argument("--seed", type=int, default=0, help="order and placements [%(default)s]")
+    group.add_argument("--out", help="folder for records.jsonl and images/")
+    group = parser.add_argument_group("a look at the world")
+    group.add_argument("--sheet", metavar="PNG", help="draw a contact sheet instead")
     args = parser.parse_args()
     if args.sheet:
         return sheet(args.sheet)
@@ -399,7 +473,8 @@ def main():
         rows = records(args.split, args.n, args.seed, args.out)
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error}")
-    print(f"{len(rows)} records, {len({row['caption'] for row in rows})} different captions -> {args.out}")
+    different = len({row["caption"] for row in rows})
+    print(f"{len(rows)} records, {different} different captions -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Why the details matter: one round with one thing done as the released code does it, or as the paper prints it.
+"""Why the details matter: one round, one detail as in the released code, or as the paper prints it.
 
     python toy/studies/details.py            # or --tables
 """

@@ -5,17 +5,20 @@
 
 import loop
 
-BOTH = dict(evals=("", "--guidance 2"))
+TWO = "--guidance 2"
+BOTH = dict(evals=("", TWO))
+SAMPLED = BOTH | dict(sample=TWO)
 VARIANTS = {
     "toy's settings": BOTH,
-    "sampled at 2": BOTH | dict(sample="--guidance 2"),
+    "sampled at 2": SAMPLED,
     "sampled at 0 and 2 in turn": BOTH | dict(sampling="guidance_in_turn 0 2"),
-    "trained at 2": BOTH | dict(dpo="--guidance 2"),
-    "sampled and trained at 2": BOTH | dict(sample="--guidance 2", dpo="--guidance 2"),
-    "sampled at 2, NLL on the image": BOTH | dict(sample="--guidance 2", dpo="--nll-gen 1"),
-    "trained at 2, NLL on the image": BOTH | dict(dpo="--guidance 2 --nll-gen 1"),
-    "sampled and trained at 2, NLL alone": BOTH | dict(sample="--guidance 2", dpo="--guidance 2 --beta 0 --nll-gen 1"),
-    "sampled and trained at 2, NLL on the image": BOTH | dict(n=3, sample="--guidance 2", dpo="--guidance 2 --nll-gen 1"),
+    "trained at 2": BOTH | dict(dpo=TWO),
+    "sampled and trained at 2": SAMPLED | dict(dpo=TWO),
+    "sampled at 2, NLL on the image": SAMPLED | dict(dpo="--nll-gen 1"),
+    "trained at 2, NLL on the image": BOTH | dict(dpo=f"{TWO} --nll-gen 1"),
+    "sampled and trained at 2, NLL alone": SAMPLED | dict(dpo=f"{TWO} --beta 0 --nll-gen 1"),
+    "sampled and trained at 2, NLL on the image":
+        BOTH | dict(n=3, sample=TWO, dpo=f"{TWO} --nll-gen 1"),
 }
 
 if __name__ == "__main__":

@@ -1,28 +1,29 @@
-"""What all studies share: self-play rounds made of the repository's own stages, every result kept and never computed twice.
+"""What all studies share: rounds of the repository's own stages, each result computed once.
 
-A stage's folder below runs/studies is named after everything that goes into it, so variants that begin alike share their
-beginning: all training recipes of one seed see the same samples and pairs. An interrupted study continues.
+A stage's folder below runs/studies is named after everything that goes into it, so variants that
+begin alike share their beginning: all training recipes of one seed see the same samples and pairs.
+An interrupted study continues.
 
-    python toy/studies/recipes.py             # runs what is missing, two at a time, into toy/results/recipes.json
-    python toy/studies/recipes.py --tables    # only the picture and the tables of the results that are there
+    python toy/studies/recipes.py             # run what is missing, two jobs at a time
+    python toy/studies/recipes.py --tables    # only write picture and tables again
 
-Picture (toy/results/recipes.svg) and tables (toy/RESULTS.md, between the marks of that name) are written by the scripts alone.
+Results: toy/results/recipes.json; picture and tables: recipes.svg and recipes.md beside it.
 """
 
-import argparse
 import fcntl
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import re
+import runpy
 import shlex
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,37 +31,65 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
-import switches  # noqa: E402
-from tables import RESULTS, forest, publish, tables  # noqa: E402
-from model import load, run  # noqa: E402
-from toy import world  # noqa: E402
+import switches
+from evals.metrics import EvalRecord
+from hermesflow.files import parse_json, read_object, read_text
+from hermesflow.options import stage_parser
+from hermesflow.records import Pair, read_jsonl
+from hermesflow.runs import run_main
+from model import load
+from tables import RESULTS, forest, publish, tables
+from toy import world
 
 RUNS = Path("runs/studies")
-STAGES = {name[:2]: import_module(name) for name in ("01_sample", "02_score", "03_pair_dpo", "04_eval")}
-DEFAULTS = dict(re.findall(r"^(\w+)=\$\{\w+:-(-.*)\}$", (ROOT / "run_selfplay.sh").read_text(), re.M))
-UNSEEN, TRAINING = "the other 101 held-out captions", "training captions"  # evaluations on other records
-FORKS = multiprocessing.get_context("forkserver")  # its children have imported everything already
+ARRAYS = ("SAMPLE", "SCORE", "DPO", "EVAL")  # in configs/toy.sh
+STAGES = {"01": "01_sample.py", "02": "02_score.py", "03": "03_pair_dpo.py", "04": "04_eval.py"}
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def load_stage(number: str) -> dict:
+    """The globals of a stage's file.
+
+    run_path returns a copy of them; the functions look names up in the original.
+    """
+    main = runpy.run_path(str(ROOT / STAGES[number]), run_name="stage")["main"]
+    return main.__globals__
+
+
+def default_options(array: str) -> str:
+    """A stage's options in configs/toy.sh, from the array of that name."""
+    script = f'source configs/toy.sh; printf "%s\\n" "${{{array}[@]}}"'
+    # options in the environment would be appended
+    environment = {k: v for k, v in os.environ.items() if k not in ARRAYS}
+    output = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True,
+                            capture_output=True, text=True).stdout
+    return shlex.join(output.splitlines())
+
+
+DEFAULTS = {array: default_options(array) for array in ARRAYS}
+for stage_number in STAGES:
+    load_stage(stage_number)  # imports, in the fork server, what its children need
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["loop"])
-os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server looks for it
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server finds this file
 
 
-# ---------------------------------------------------------------------------------------------------------------- stages
-
-
-def work(number: str, switch: str, arguments: list[str], log: str) -> None:
-    """In a process of its own: a stage, with a switch of switches.py thrown."""
-    sys.stdout = sys.stderr = open(log, "w")
+def run_stage(number: str, switch: str, arguments: list[str], log: str) -> None:
+    """In a process of its own: a stage, with a switch of switches.py."""
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8")
     torch.set_num_threads(1)
+    stages = {name: load_stage(name) for name in STAGES}
     if switch:
         name, *values = switch.split()
-        getattr(switches, name)(STAGES, *values)
-    sys.argv = [STAGES[number].__file__, *arguments]
-    run(STAGES[number].main)
+        getattr(switches, name)(stages, *values)
+    stage = stages[number]
+    run_main(lambda: stage["main"](stage["parse_args"](arguments)))
 
 
 @contextmanager
-def alone(out: Path):
-    """Several studies may want the same at once: the others wait for the first."""
+def exclusive(out: Path):
+    """Several studies may want the same folder at once: the others wait for the first."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -68,128 +97,190 @@ def alone(out: Path):
 
 
 def step(number: str, options: str, switch: str = "", **paths) -> Path:
-    """Run a stage unless it has been run. paths: its --model, --records, … ; returns its folder."""
+    """Run a stage unless it is complete; returns its folder. paths: its --model, --records, …"""
     inputs = [f"--{name}={path}" for name, path in paths.items()]
     name = hashlib.sha256(repr((options, switch, inputs)).encode()).hexdigest()[:12]
     out = RUNS / f"{number}-{name}"
-    with alone(out):
-        if not Path(f"{out}.done").exists():
+    done = Path(f"{out}.done")
+    log = Path(f"{out}.log")
+    with exclusive(out):
+        if not done.exists():
             arguments = [*shlex.split(options), *inputs, "--out", str(out)]
-            process = FORKS.Process(target=work, args=(number, switch, arguments, f"{out}.log"))
+            process = FORKS.Process(target=run_stage, args=(number, switch, arguments, str(log)))
             process.start()
             process.join()
             if process.exitcode:
-                raise RuntimeError(f"{out}.log: {Path(f'{out}.log').read_text()[-600:]}")
-            Path(f"{out}.done").touch()
+                raise RuntimeError(f"{log}: {log.read_text(encoding='utf-8')[-600:]}")
+            done.touch()
     return out
 
 
 def records(split: str, n: int, seed: int, start: int = 0) -> Path:
     """The first n records of a split in the order of a seed, or those from `start` on."""
     folder = RUNS / f"{split}-{n}-{seed}"
-    with alone(folder):
-        file = folder / "records.jsonl"
+    file = folder / "records.jsonl"
+    part = folder / f"from-{start}.jsonl"
+    with exclusive(folder):
         if not file.exists():
             world.records(split, n, seed, str(folder))
-        part = folder / f"from-{start}.jsonl"
         if start and not part.exists():
-            part.write_text("".join(file.read_text().splitlines(keepends=True)[start:]))
+            lines = read_text(file).splitlines(keepends=True)
+            part.write_text("".join(lines[start:]), encoding="utf-8")
     return part if start else file
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+# -------------------------------------------------------------------------------------- evaluations
 
-
-# ---------------------------------------------------------------------------------------------------------------- rounds
+# evaluations on other records than the 600 held-out ones
+UNSEEN = "the other 101 held-out captions"
+TRAINING = "captions of the training records"
 
 
 def fault(grid, caption: str) -> str:
     """What is wrong with a drawing that is wrong."""
-    spec, found = world.parse(caption), sorted(grid[grid != world.EMPTY].tolist())
-    if len(found) != spec.number:
-        return "objects too many" if len(found) > spec.number else "objects missing"
-    return "relation" if found == sorted(spec.types * (spec.number // len(spec.types))) else "another object"
+    spec = world.parse(caption)
+    drawn = sorted(grid[grid != world.EMPTY].tolist())
+    if len(drawn) != spec.number:
+        return "objects too many" if len(drawn) > spec.number else "objects missing"
+    wanted = sorted(spec.types * (spec.number // len(spec.types)))
+    return "relation" if drawn == wanted else "another object"
+
+
+def faults_of(model, rows: list[EvalRecord]) -> Counter:
+    """How many of the wrong drawings are wrong in which way."""
+    wrong = [r for r in rows if not r.all_right]
+    if not wrong:
+        return Counter()
+    grids = switches.grids(load(str(model)), torch.tensor([r.codes for r in wrong]))
+    return Counter(fault(grid, r.text) for grid, r in zip(grids, wrong))
 
 
 @functools.cache
-def evaluate(model, seed: int, how: str = "") -> dict:
-    """Per held-out record, in their order: questions right about real image and drawing, of how many; whole drawing right;
-    caption score in thousandths. Then the mean number of words of a caption, and the faults of the drawings that are wrong.
-    how: UNSEEN, TRAINING, or options of 04."""
-    data = {UNSEEN: ("eval", 701, 0, 600), TRAINING: ("preference", 512, seed)}.get(how, ("eval", 600, 0))
-    options = "" if how in (UNSEEN, TRAINING) else how
-    out = step("04", f"--seed {seed} {DEFAULTS['EVAL']} {options}", model=model, records=records(*data))
-    rows = read(out / "answers.jsonl")
-    wrong = [r for r in rows if not r["all_right"]]
-    grids = switches.grids(load(str(model))[1], torch.tensor([r["codes"] for r in wrong])) if wrong else []
-    return {"understood": [sum(r["und_right"]) for r in rows], "drawn": [sum(r["gen_right"]) for r in rows],
-            "questions": [len(r["questions"]) for r in rows], "everything": [int(r["all_right"]) for r in rows],
-            "caption": [round(1000 * r["caption_score"]) for r in rows],
-            "words": round(sum(len(r["caption"].split()) for r in rows) / len(rows), 3),
-            "faults": Counter(fault(g, r["text"]) for g, r in zip(grids, wrong))}
+def evaluate(model, seed: int, evaluation: str = "") -> dict:
+    """What a checkpoint does on held-out records.
 
-
-def figures(folder: Path, pairs: Path) -> dict:
-    """What to watch: means over the last tenth of the steps."""
-    rows = read(folder / "train.jsonl")
-    last = rows[-max(1, len(rows) // 10) :]
-    means = {k: round(sum(r[k] for r in last) / len(last), 4) for k in rows[0] if k not in ("step", "lr")}
-    return {"pairs": len(read(pairs)), "steps": len(rows)} | means
-
-
-def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="", training="",
-         fixed_reference=False, self_play=False, captions=512, renewed=False):
-    """n rounds of self-play. sample, score, dpo: options that differ from run_selfplay.sh; sampling, scoring, training: what is
-    thrown of switches.py; renewed: every round has `captions` of its own.
-    Yields, for every round, the policy it starts from and the folders of samples, pairs and training."""
-    policy, previous = Path(base), {}
-    for r in range(1, n + 1):
-        train = records("preference", captions * r, seed, captions * (r - 1)) if renewed else records("preference", captions, seed)
-        samples = step("01", f"--round {r} --seed {seed} {DEFAULTS['SAMPLE']} {sample}", sampling, model=policy, records=train)
-        pairs = step("02", f"{DEFAULTS['SCORE']} {score}", scoring, model=policy, samples=samples, **previous)
-        reference = dict(reference=base) if fixed_reference and r > 1 else {}
-        trained = step("03", f"--round {r} --seed {seed} {DEFAULTS['DPO']} {dpo}", training, model=policy,
-                       pairs=pairs / "pairs.jsonl", **reference)
-        yield policy, samples, pairs, trained
-        policy, previous = trained / "checkpoint", dict(previous=pairs / "pairs.jsonl") if self_play else {}
-
-
-def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **how) -> dict:
-    """The evaluations of n rounds (see `play`) and of the base.
-
-    Returns {"base" or "round1", …: {options of the evaluation: what `evaluate` returns, "training": figures}}.
+    evaluation: UNSEEN, TRAINING, or options of stage 4. Per record, in their order: questions
+    answered right about real image and drawing, of how many; whole drawing right; caption score in
+    thousandths. Then the mean number of words of a caption, and the faults of wrong drawings.
     """
-    found = {"base": {o: evaluate(base, seed, o) for o in evals}}
-    for r, (_, _, pairs, trained) in enumerate(play(seed, n, base, **how), 1):
-        found[f"round{r}"] = {o: evaluate(trained / "checkpoint", seed, o) for o in evals}
-        found[f"round{r}"]["training"] = figures(trained, pairs / "pairs.jsonl")
-    return found
+    options = ""
+    if evaluation == UNSEEN:
+        data = records("eval", 701, 0, 600)
+    elif evaluation == TRAINING:
+        data = records("preference", 512, seed)
+    else:
+        data = records("eval", 600, 0)
+        options = evaluation
+    options = f"--seed {seed} {DEFAULTS['EVAL']} {options}"
+    rows = read_jsonl(step("04", options, model=model, records=data) / "answers.jsonl", EvalRecord)
+    words = [len(r.caption.split()) for r in rows]
+    return {
+        "understood": [sum(r.und_right) for r in rows],
+        "drawn": [sum(r.gen_right) for r in rows],
+        "questions": [len(r.questions) for r in rows],
+        "everything": [int(r.all_right) for r in rows],
+        "caption": [round(1000 * r.caption_score) for r in rows],
+        "words": round(sum(words) / len(rows), 3),
+        "faults": faults_of(model, rows),
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------- study
+def training_figures(folder: Path, pairs: Path) -> dict:
+    """Means of train.jsonl over the last tenth of the steps."""
+    file = folder / "train.jsonl"
+    rows = [parse_json(line, str(file)) for line in read_text(file).splitlines()]
+    last = rows[-max(1, len(rows) // 10) :]
+    result = {"pairs": len(read_jsonl(pairs, Pair)), "steps": len(rows)}
+    for name in rows[0]:
+        if name not in ("step", "lr"):
+            result[name] = round(sum(r[name] for r in last) / len(last), 4)
+    return result
 
 
-def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), more=lambda results: []) -> None:
-    """Run all variants (name -> settings of `rounds`) with all seeds, write toy/results/NAME.json, then picture and tables;
-    more: further tables of the results."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="picture and tables of the results that are there")
-    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args()
+# ------------------------------------------------------------------------------------------- rounds
+
+
+def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="",
+         training="", fixed_reference=False, self_play=False, captions=512, renewed=False):
+    """n rounds of self-play.
+
+    sample, score, dpo: options of the stages that differ from configs/toy.sh; sampling, scoring,
+    training: switches of these stages. self_play: pairs by Eq. 9–10; captions: the number of
+    records in a round; renewed: every round has its own. Yields, for every round, the policy it
+    starts from and the folders of samples, pairs and training.
+    """
+    policy = Path(base)
+    previous = {}
+    for r in range(1, n + 1):
+        train = records("preference", captions, seed)
+        if renewed:
+            train = records("preference", captions * r, seed, captions * (r - 1))
+        run = f"--round {r} --seed {seed}"
+        samples = step("01", f"{run} {DEFAULTS['SAMPLE']} {sample}", sampling,
+                       model=policy, records=train)
+        scored = step("02", f"{DEFAULTS['SCORE']} {score}", scoring,
+                      model=policy, samples=samples, **previous)
+        pairs = scored / "pairs.jsonl"
+        reference = {"reference": base} if fixed_reference and r > 1 else {}
+        trained = step("03", f"{run} {DEFAULTS['DPO']} {dpo}", training,
+                       model=policy, pairs=pairs, **reference)
+        yield policy, samples, scored, trained
+        policy = trained / "checkpoint"
+        if self_play:
+            previous = {"previous": pairs}
+
+
+def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **settings) -> dict:
+    """The evaluations of the base and of n rounds (see `play`).
+
+    {"base" or "round1", …: {evaluation: what `evaluate` returns, "training": its figures}}
+    """
+    results = {"base": {e: evaluate(base, seed, e) for e in evals}}
+    for r, (_, _, scored, trained) in enumerate(play(seed, n, base, **settings), 1):
+        result = {e: evaluate(trained / "checkpoint", seed, e) for e in evals}
+        result["training"] = training_figures(trained, scored / "pairs.jsonl")
+        results[f"round{r}"] = result
+    return results
+
+
+# -------------------------------------------------------------------------------------------- study
+
+
+def parse_args(seeds):
+    parser = stage_parser(sys.modules["__main__"].__doc__)
+    add = parser.add_argument_group("study").add_argument
+    add("--tables", action="store_true", help="only write picture and tables again")
+    add("--seeds", type=int, nargs="+", default=seeds, help="of data, sampling and training")
+    add("--jobs", type=int, default=2, help="processes at a time")
+    return parser.parse_args()
+
+
+def run_variants(name: str, variants: dict[str, dict], seeds, jobs: int) -> dict:
+    """{variant: {seed: what `rounds` returns}}"""
+    todo = list(product(variants, seeds))
+    results = {variant: {} for variant in variants}
+    with ThreadPoolExecutor(jobs) as pool:
+        finished = pool.map(lambda job: rounds(job[1], **variants[job[0]]), todo)
+        for (variant, seed), result in zip(todo, tqdm(finished, total=len(todo), desc=name)):
+            results[variant][str(seed)] = result
+    return results
+
+
+def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), more=None) -> None:
+    """Run all variants (name -> settings of `rounds`) with all seeds, unless --tables is given.
+
+    Writes toy/results/NAME.json, then the picture and the tables. against: the variant that others
+    are compared with; more(results): further tables.
+    """
+    args = parse_args(seeds)
     file = RESULTS / f"{name}.json"
     torch.set_num_threads(1)  # beside its processes
     if not args.tables:
-        jobs = [(v, s) for v in variants for s in args.seeds]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            found = pool.map(lambda job: rounds(job[1], **variants[job[0]]), jobs)
-            results = {v: {} for v in variants}
-            for (v, s), result in zip(jobs, tqdm(found, total=len(jobs), desc=name)):
-                results[v][str(s)] = result
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({"defaults": DEFAULTS, "variants": variants, "results": results}, separators=(",", ":"))
+        results = run_variants(name, variants, args.seeds, args.jobs)
+        content = {"defaults": DEFAULTS, "variants": variants, "results": results}
+        text = json.dumps(content, separators=(",", ":"))
         file.write_text(text + "\n", encoding="utf-8")
-    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    results = read_object(file)["results"]
     (RESULTS / f"{name}.svg").write_text(forest(results, against), encoding="utf-8")
-    publish(name, [*tables(results, against), *more(results)])
+    further = more(results) if more else []
+    publish(name, [*tables(results, against), *further])

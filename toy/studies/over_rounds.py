@@ -1,4 +1,4 @@
-"""What concerns later rounds: whom the new best meets, which model is the reference, how much one round trains.
+"""Later rounds: whom the new best meets, which model is the reference, how much one round trains.
 
     python toy/studies/over_rounds.py        # or --tables
 """

@@ -5,6 +5,7 @@
 
 import loop
 
+STEPS = "--epochs 0 --steps 24"
 VARIANTS = {
     "toy's settings": dict(),
     "4 masks": dict(training="masks 4"),
@@ -17,9 +18,9 @@ VARIANTS = {
     "image scores differ by 0.3": dict(scoring="filtered gap 0.3"),
     "caption scores differ by 0.3": dict(scoring="filtered caption_gap 0.3"),
     "images differ in 3 slots": dict(scoring="filtered codes 3"),
-    "image scores differ by 0.3, 24 steps": dict(scoring="filtered gap 0.3", dpo="--epochs 0 --steps 24"),
-    "caption scores differ by 0.3, 24 steps": dict(scoring="filtered caption_gap 0.3", dpo="--epochs 0 --steps 24"),
-    "images differ in 3 slots, 24 steps": dict(scoring="filtered codes 3", dpo="--epochs 0 --steps 24"),
+    "image scores differ by 0.3, 24 steps": dict(scoring="filtered gap 0.3", dpo=STEPS),
+    "caption scores differ by 0.3, 24 steps": dict(scoring="filtered caption_gap 0.3", dpo=STEPS),
+    "images differ in 3 slots, 24 steps": dict(scoring="filtered codes 3", dpo=STEPS),
     "beta 0.05": dict(dpo="--beta 0.05"),
     "beta 1": dict(dpo="--beta 1"),
     "lr 2e-5": dict(dpo="--lr 2e-5"),

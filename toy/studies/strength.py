@@ -1,4 +1,6 @@
-"""How much of the result is guidance? The rounds drawn at small guidance, and rounds from the base at its best guidance.
+"""How much of the result is guidance?
+
+The rounds drawn at small guidance, and rounds from the base at its best guidance.
 
     python toy/studies/strength.py           # or --tables
 """

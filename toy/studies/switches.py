@@ -1,7 +1,10 @@
-"""Switches for the studies alone: defects of the released code, one at a time, and recipes that the stages do not offer.
+"""Switches for the studies alone: the released code's defects, and recipes beyond the paper's.
 
-Each function changes the imported stages of one process, {"02": module, "03": module, …}, before they run. The stage
-scripts know nothing of them. A study throws one by name, with its arguments: "masks 4".
+Each function changes entries in the globals of one process's stages, {"02": globals, …}, before
+their `main` runs. The stages do not know of them. A study names a switch with its arguments:
+"masks 4".
+
+Shapes in comments: B records, K images or masks of a record, N image tokens.
 """
 
 import dataclasses
@@ -9,198 +12,258 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from model import Segment, draw_images, drawing, image_segment, pack, random_mask, seed_of, to_pil, uniforms
+from hermesflow.pictures import to_pil
+from hermesflow.sampling import stable_seed, uniforms
+from model import LogProbs
 from toy import world
 
 
-def understanding(dpo, tokens, chunk, device) -> dict:
-    """The understanding half of a micro-batch, as stage 3 packs it."""
-    return pack([dpo.understanding_row(tokens, pair) for pair, _ in chunk], tokens.pad, device)
+def change_image_logps(stage: dict, change) -> None:
+    """change(LogProbs of images) -> LogProbs, in every model that stage 3 loads."""
+    load = stage["load"]
+
+    def load_changed(*arguments, **settings):
+        model = load(*arguments, **settings)
+        pair_logps = model.pair_logps
+
+        def changed(text, image):
+            und, gen = pair_logps(text, image)
+            return und, change(gen)
+
+        model.pair_logps = changed
+        return model
+
+    stage["load"] = load_changed
 
 
-# ----------------------------------------------------------------------------------------- the released code's defects
+# ---------------------------------------------------------------------- the released code's defects
 
 
 def batch_summed(stages):
     """Log-probs are summed over the micro-batch before σ: a batch is one preference."""
-    stages["03"].preference_loss = lambda delta, beta: -F.logsigmoid(beta * delta.sum())
+    stages["03"]["dpo_loss"] = lambda delta, beta: -F.logsigmoid(beta * delta.sum())
 
 
 def mismatched_dropout(stages):
     """Whether the text is dropped is drawn separately for the winning and the losing image."""
-    dpo = stages["03"]
+    stage = stages["03"]
+    make_batch = stage["make_batch"]
 
-    def both_halves(model, tokens, chunk, device, args):
-        rows = []
-        for pair, epoch in chunk:
-            prefix, *images = dpo.generation_row(tokens, pair, epoch, args)
-            for k, image in enumerate(images):
-                u = uniforms(seed_of(args.seed, args.round, pair.id, epoch, "drop", k), 1).item()
-                rows.append([Segment(tokens.draw("" if u < args.drop_text else pair.drawing_text)), image])
-        und = understanding(dpo, tokens, chunk, device)
-        und, (sums, counts) = model(und, pack(rows, tokens.pad, device))
-        return und, tuple(F.pad(x[:, 1].view(-1, 2), (1, 0)) for x in (sums, counts))  # (2B, 2) -> (B, 3)
+    def dropped_separately(model, visits, seed, cond_dropout, guidance_scale):
+        text, image = make_batch(model, visits, seed, cond_dropout, guidance_scale)
+        prompts = []
+        for pair, epoch in visits:
+            for k in range(2):
+                draw = uniforms(stable_seed(*seed, pair.id, epoch, "drop", k), 1).item()
+                prompts.append("" if draw < cond_dropout else pair.drawing_text)
+        # win and lose are rows of their own, each behind its own text
+        images = image.images.flatten(0, 1)[:, None]  # (2B, 1, N)
+        masks = image.masks.repeat_interleave(2, 0)  # (2B, N)
+        return text, image._replace(prompts=prompts, images=images, masks=masks)
 
-    dpo.both_halves = both_halves
+    def side_by_side(gen):  # (2B, 1) -> (B, 2)
+        return LogProbs(gen.sums.view(-1, 2), gen.counts.view(-1, 2))
+
+    stage["make_batch"] = dropped_separately
+    change_image_logps(stage, side_by_side)
 
 
 def black_images(stages):
-    """The understanding half looks at black images."""
-    dpo, load, row = stages["03"], stages["03"].load, stages["03"].understanding_row
-    black = []
+    """The understanding half sees black images."""
+    make_batch = stages["03"]["make_batch"]
 
-    def load_both(*arguments):
-        model, vq = load(*arguments)
-        side = int(model.tokens.image_tokens**0.5) * vq.downsampling
-        with torch.inference_mode():
-            black[:] = vq.encode(-torch.ones(1, 3, side, side))[0].tolist()
-        return model, vq
+    def make_black_batch(model, visits, *arguments):
+        text, image = make_batch(model, visits, *arguments)
+        pixels = -torch.ones(1, 3, model.image_size, model.image_size)
+        black = model.encode_image(pixels).expand(len(visits), -1)  # (B, N)
+        return text._replace(images=black), image
 
-    dpo.load = load_both
-    dpo.understanding_row = lambda tokens, pair: row(tokens, dataclasses.replace(pair, image_codes=black))
+    stages["03"]["make_batch"] = make_black_batch
 
 
 def misaligned_join(stages):
-    """Image scores are joined by position with a list that is sorted by the id as a string: 0, 1, 10, 100, 101, …"""
-    make_pairs = stages["02"].make_pairs
+    """Image scores are joined by position with a list that is sorted by the id as a string.
 
-    def shuffled(samples, scores, *rest):
+    That order is 0, 1, 10, 100, 101, …
+    """
+    make_pairs = stages["02"]["make_pairs"]
+    of_images = ("questions", "image_scores", "answers")
+
+    def make_misaligned_pairs(samples, scores, *arguments):
         by_string = sorted(scores, key=lambda s: str(int(s.id.rpartition("-")[2])))
-        scores = [dataclasses.replace(s, questions=t.questions, image_scores=t.image_scores, answers=t.answers)
-                  for s, t in zip(scores, by_string)]
-        return make_pairs(samples, scores, *rest)
+        misaligned = []
+        for own, other in zip(scores, by_string):
+            fields = {name: getattr(other, name) for name in of_images}
+            misaligned.append(dataclasses.replace(own, **fields))
+        return make_pairs(samples, misaligned, *arguments)
 
-    stages["02"].make_pairs = shuffled
+    stages["02"]["make_pairs"] = make_misaligned_pairs
 
 
 def independent_shuffling(stages):
     """The two halves of a step come from different records, in two independent orders."""
-    visits = stages["03"].visits
+    stage = stages["03"]
+    training_order = stage["training_order"]
+    of_generation = ("id", "caption", "prompt", "win_image_codes", "lose_image_codes")
 
     def two_orders(pairs, steps, batch, seed):
-        orders = visits(pairs, steps, batch, seed), visits(pairs, steps, batch, seed_of(seed, "generation"))
-        return [(dataclasses.replace(und, id=gen.id, caption=gen.caption, prompt=gen.prompt, win_image_codes=gen.win_image_codes,
-                                     lose_image_codes=gen.lose_image_codes), epoch)
-                for (und, epoch), (gen, _) in zip(*orders)]
+        und_order = training_order(pairs, steps, batch, seed)
+        gen_order = training_order(pairs, steps, batch, stable_seed(seed, "generation"))
+        order = []
+        for und, gen in zip(und_order, gen_order):
+            fields = {name: getattr(gen.pair, name) for name in of_generation}
+            order.append(stage["Visit"](dataclasses.replace(und.pair, **fields), und.epoch))
+        return order
 
-    stages["03"].visits = two_orders
+    stage["training_order"] = two_orders
 
 
 def product_loss(stages):
-    """One σ of the product of the two margins, as the paper prints it (Eq. 6, 15), instead of a sum of two terms."""
-    seen = []
+    """One σ of the product of both margins, as the paper prints it (Eq. 6, 15), not two terms."""
+    margins = []
 
-    def preference_loss(delta, beta):
-        seen.append(delta)
-        if len(seen) < 2:
+    def dpo_loss(delta, beta):  # called with Δ_und, then with Δ_gen
+        margins.append(delta)
+        if len(margins) == 1:
             return torch.zeros_like(delta)
-        und, gen = seen
-        seen.clear()
+        und, gen = margins
+        margins.clear()
         return -F.logsigmoid(beta * und * gen)
 
-    stages["03"].preference_loss = preference_loss
-    stages["03"].check = lambda *_: None  # it starts at ln 2, not at 2 ln 2
+    stages["03"]["dpo_loss"] = dpo_loss
+    stages["03"]["assert_healthy"] = lambda *_: None  # it starts at ln 2, not at 2 ln 2
 
 
-# ------------------------------------------------------------------------------------------------- what limits the result
+# --------------------------------------------------------------------------- what limits the result
 
 
-def grids(vq, codes: torch.Tensor) -> list:
+def grids(model, codes: torch.Tensor) -> list:
     """(K, N) codes as the oracle reads their pictures: K grids of object types."""
-    with torch.inference_mode():
-        return [world.read(picture) for picture in to_pil(vq.decode(codes.long()))]
+    return [world.read(picture) for picture in to_pil(model.decode_image(codes.long()))]
 
 
-def oracle(vq, sample, codes: torch.Tensor) -> tuple[list[float], list[int]]:
-    """Of a record's drawings, (K, N): the share of its questions with the right answer, and whether everything is right."""
-    drawn, asked = grids(vq, codes), sample.questions
-    shares = [sum(world.answer(g, q.question) == q.answer for q in asked) / len(asked) for g in drawn]
-    return shares, [int(world.judge(g, sample.caption)["correct"]) for g in drawn]
+def oracle(model, sample, codes: torch.Tensor) -> tuple[list[float], list[int]]:
+    """What the oracle finds in a record's drawings (K, N).
+
+    Per drawing, the share of the record's questions with the right answer, and 1 if everything is
+    right.
+    """
+    shares = []
+    rights = []
+    for grid in grids(model, codes):
+        answers = [world.answer(grid, q.question) == q.answer for q in sample.questions]
+        shares.append(sum(answers) / len(answers))
+        rights.append(int(world.judge(grid, sample.caption)["correct"]))
+    return shares, rights
 
 
 def chosen_by_oracle(stages):
     """A drawing's score is 1 where the oracle finds everything right, otherwise 0."""
-    score_records = stages["02"].score_records
+    score_records = stages["02"]["score_records"]
 
-    def scored(samples, tensors, model, vq, *rest):
-        return [dict(score, image_scores=oracle(vq, s, tensors[f"{s.id}/images"])[1])
-                for s, score in zip(samples, score_records(samples, tensors, model, vq, *rest))]
+    def score_by_oracle(model, samples, tensors, *arguments):
+        results = score_records(model, samples, tensors, *arguments)
+        for sample, result in zip(samples, results):
+            _, result["image_scores"] = oracle(model, sample, tensors[f"{sample.id}/images"])
+        return results
 
-    stages["02"].score_records = scored
+    stages["02"]["score_records"] = score_by_oracle
 
 
-# --------------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
-def guidance_in_turn(stages, *guidances):
+def guidance_in_turn(stages, *guidance_scales):
     """The K images of a record are drawn at different guidance."""
-    sampling = stages["01"]
 
-    def sample_images(model, records, args):
-        found = torch.empty(len(records), args.images, model.tokens.image_tokens, dtype=torch.long)
-        for at, guidance in enumerate(map(float, guidances)):
-            ks = range(at, args.images, len(guidances))
-            texts = [r.drawing_text for r in records for _ in ks]
-            seeds = [seed_of(args.seed, args.round, r.id, "image", k) for r in records for k in ks]
-            codes = draw_images(model, texts, seeds, dataclasses.replace(drawing(args), guidance=guidance))
-            found[:, at :: len(guidances)] = codes.view(len(records), len(ks), -1)
-        return found
+    def sample_images(model, records, count, sampling, seed):
+        codes = torch.empty(len(records), count, model.image_tokens, dtype=torch.long)  # (B, K, N)
+        for first, guidance_scale in enumerate(guidance_scales):
+            numbers = range(first, count, len(guidance_scales))
+            prompts = []
+            seeds = []
+            for r in records:
+                for k in numbers:
+                    prompts.append(r.drawing_text)
+                    seeds.append(stable_seed(*seed, r.id, "image", k))
+            own = dataclasses.replace(sampling, guidance_scale=float(guidance_scale))
+            drawn = model.generate_images(prompts, seeds, own)
+            codes[:, first :: len(guidance_scales)] = drawn.view(len(records), len(numbers), -1)
+        return codes
 
-    sampling.sample_images = sample_images
+    stages["01"]["sample_images"] = sample_images
 
 
 def masks(stages, K, complementary=False):
-    """K masks per image instead of one, or K/2 masks and their complements; log-probs are means over them."""
-    dpo = stages["03"]
-    row = dpo.generation_row
+    """K masks per image instead of one, or K/2 masks and their complements.
+
+    Log-probs are means over the masks.
+    """
+    stage = stages["03"]
+    make_batch = stage["make_batch"]
     K = int(K)
 
-    def generation_row(tokens, pair, epoch, args):
-        prefix, images = row(tokens, pair, epoch, args)[0], []
-        for k in range(K):
-            number, inverse = (k // 2, k % 2) if complementary else (k, 0)
-            mask = random_mask(tokens.image_tokens, seed_of(args.seed, args.round, pair.id, epoch, "mask", number))
-            mask = [m != bool(inverse) for m in mask]
-            images += [image_segment(tokens, codes, mask) for codes in (pair.win_image_codes, pair.lose_image_codes)]
-        return [prefix, *images]
+    def make_masked_batch(model, visits, seed, *arguments):
+        text, image = make_batch(model, visits, seed, *arguments)
+        prompts = []
+        rows = []
+        for (pair, epoch), prompt in zip(visits, image.prompts):
+            for k in range(K):
+                number = k // 2 if complementary else k
+                mask_seed = stable_seed(*seed, pair.id, epoch, "mask", number)
+                mask = model.training_masks([mask_seed])[0]  # (N,)
+                rows.append(~mask if complementary and k % 2 else mask)
+                prompts.append(prompt)
+        images = image.images.repeat_interleave(K, 0)  # (B·K, 2, N)
+        return text, image._replace(prompts=prompts, images=images, masks=torch.stack(rows))
 
-    def both_halves(model, tokens, chunk, device, args):
-        und = understanding(dpo, tokens, chunk, device)
-        gen = pack([generation_row(tokens, pair, epoch, args) for pair, epoch in chunk], tokens.pad, device)
-        und, gen = model(und, gen)
-        return und, tuple(F.pad(x[:, 1:].unflatten(1, (K, 2)).mean(1), (1, 0)) for x in gen)  # (B, 1+2K) -> (B, 3)
+    def mean_over_masks(gen):  # (B·K, 2) -> (B, 2)
+        return LogProbs(*(x.unflatten(0, (-1, K)).mean(1) for x in gen))
 
-    dpo.both_halves = both_halves
+    stage["make_batch"] = make_masked_batch
+    change_image_logps(stage, mean_over_masks)
 
 
 def mean_over_slots(stages):
     """The image's log-prob is the mean over its masked slots, not the sum."""
-    dpo = stages["03"]
-    halves = dpo.both_halves
 
-    def both_halves(*arguments):
-        und, (sums, counts) = halves(*arguments)
-        return und, (sums / counts.clamp(min=1), counts.clamp(max=1))
+    def mean(gen):
+        return LogProbs(gen.sums / gen.counts.clamp(min=1), gen.counts.clamp(max=1))
 
-    dpo.both_halves = both_halves
+    change_image_logps(stages["03"], mean)
 
 
 def label_smoothing(stages, share):
-    """A share of the labels is believed to be wrong."""
+    """A share of the labels is taken to be wrong."""
     share = float(share)
-    stages["03"].preference_loss = lambda delta, beta: -((1 - share) * F.logsigmoid(beta * delta)
-                                                         + share * F.logsigmoid(-beta * delta))
+
+    def dpo_loss(delta, beta):
+        right = F.logsigmoid(beta * delta)
+        wrong = F.logsigmoid(-beta * delta)
+        return -((1 - share) * right + share * wrong)
+
+    stages["03"]["dpo_loss"] = dpo_loss
 
 
 def filtered(stages, what, least):
-    """Only pairs whose images' scores ("gap"), captions' scores ("caption_gap") or codes ("codes") differ at least so much."""
-    curate, least = stages["02"].curate, float(least)
-    difference = {"gap": lambda p: p.win_image_score - p.lose_image_score,
-                  "caption_gap": lambda p: p.win_caption_score - p.lose_caption_score,
-                  "codes": lambda p: sum(a != b for a, b in zip(p.win_image_codes, p.lose_image_codes))}[what]
+    """Only pairs that differ at least so much.
+
+    what: in their images' scores ("gap"), captions' scores ("caption_gap") or codes ("codes").
+    """
+    curate = stages["02"]["curate"]
+    least = float(least)
+
+    def difference(pair):
+        if what == "gap":
+            return pair.win_image_score - pair.lose_image_score
+        if what == "caption_gap":
+            return pair.win_caption_score - pair.lose_caption_score
+        return sum(a != b for a, b in zip(pair.win_image_codes, pair.lose_image_codes))
 
     def curate_some(*arguments):
-        found = curate(*arguments)
-        return found if isinstance(found, str) or difference(found) >= least else f"filtered: {what} below {least}"
+        pair = curate(*arguments)
+        if isinstance(pair, str) or difference(pair) >= least:
+            return pair
+        return f"filtered: {what} below {least}"
 
-    stages["02"].curate = curate_some
+    stages["02"]["curate"] = curate_some

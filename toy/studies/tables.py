@@ -1,4 +1,7 @@
-"""What the studies tell: metrics with intervals, tables, one picture per study, and where they go in toy/RESULTS.md."""
+"""What the studies report: metrics with intervals, tables, and one picture and page per study.
+
+The bootstrap differs from that of evals/metrics.py: it resamples seeds and records.
+"""
 
 import re
 from html import escape
@@ -6,133 +9,218 @@ from pathlib import Path
 
 import numpy as np
 
-TOY = Path(__file__).parents[1]
-RESULTS = TOY / "results"
+import evals.metrics
+
+RESULTS = Path(__file__).parents[1] / "results"
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
 KINDS = ("objects missing", "objects too many", "another object", "relation")
-SHADES = ("#9ca3af", "#93c5fd", "#3b82f6", "#1e3a8a")  # base, rounds 1, 2, 3
+RIGHT = METRICS.index("everything right")
+SHADES = {"base": "#9ca3af", "round1": "#93c5fd", "round2": "#3b82f6", "round3": "#1e3a8a"}
+
+
+# ---------------------------------------------------------------------------- metrics and intervals
 
 
 def metrics(cell: dict) -> np.ndarray:
-    """(records, METRICS)"""
-    und, gen, n, right, caption = (np.array(cell[k], float) for k in list(cell)[:5])
-    return np.stack([und / n, gen / n, (und - gen) / n, right, caption / 1000], 1)
+    """The counts of one evaluation (loop.evaluate) -> (records, METRICS)."""
+    names = ("understood", "drawn", "questions", "everything", "caption")
+    und, gen, questions, right, caption = (np.array(cell[name], float) for name in names)
+    gap = und - gen
+    return np.stack([und / questions, gen / questions, gap / questions, right, caption / 1000], 1)
 
 
 def bounds(values: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
     """values (seeds, records): the mean, and 95 % of the means over resampled seeds and records."""
-    rng, (S, N), means = np.random.default_rng(0), values.shape, []
+    rng = np.random.default_rng(0)
+    S, N = values.shape
+    means = []
     for _ in range(draws // 100):  # a hundred draws of records for each draw of seeds
-        by_record = values[rng.integers(S, size=S)].mean(0)
-        means.append(by_record[rng.integers(N, size=(100, N))].mean(1))
-    return values.mean(), *np.percentile(np.concatenate(means), [2.5, 97.5])
+        by_record = values[rng.integers(S, size=S)].mean(0)  # (N,)
+        means.append(by_record[rng.integers(N, size=(100, N))].mean(1))  # (100,)
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return values.mean(), low, high
 
 
 def interval(values: np.ndarray, sign: str = "") -> str:
+    """Mean and bounds of (seeds, records) values; sign "+" shows the sign of positive numbers."""
     mean, low, high = bounds(values)
-    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return evals.metrics.interval({"mean": mean, "low": low, "high": high}, sign)
+
+
+# ------------------------------------------------------------------------------------------- tables
 
 
 def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table; the first row is the head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+def label(variant: str, round_: str, options: str) -> str:
+    """How a line of a table is called."""
+    name = f"{variant}, {round_}"
+    return f"{name}, `{options}`" if options else name
+
+
 def evaluations(results: dict):
-    """All variants, rounds and evaluations: variant, round, options, and the cells of all seeds."""
+    """Of all variants, rounds and evaluations: variant, round, options, the cells of all seeds."""
     for variant, by_seed in results.items():
-        for round_, found in next(iter(by_seed.values())).items():
-            for options in (o for o in found if o != "training"):
-                yield variant, round_, options, [found[round_][options] for found in by_seed.values()]
+        first = next(iter(by_seed.values()))
+        for round_ in first:
+            for options in first[round_]:
+                if options != "training":
+                    cells = [rounds[round_][options] for rounds in by_seed.values()]
+                    yield variant, round_, options, cells
 
 
-def lines(results: dict, against: str):
-    """Of all evaluations: variant, round, options, metrics (seeds, records, METRICS), and those of the variant `against` at
-    the same round and evaluation, if there are. A base that is that of `against` comes once."""
+def compared(results: dict, against: str):
+    """Of all evaluations: variant, round, options, metrics, and those of the variant `against`.
+
+    Metrics are (seeds, records, METRICS); those of `against` are of the same round and evaluation,
+    None if it has none. A base that equals the base of `against` comes once.
+    """
     for variant, round_, options, cells in evaluations(results):
-        values, theirs = np.stack([metrics(c) for c in cells]), None
+        values = np.stack([metrics(c) for c in cells])
         others = [results[against][seed].get(round_, {}) for seed in results[variant]]
+        reference = None
         if variant != against and all(options in other for other in others):
-            theirs = np.stack([metrics(o[options]) for o in others])
-        if round_ != "base" or theirs is None or not np.array_equal(values, theirs):
-            yield variant, round_, options, values, theirs
+            reference = np.stack([metrics(other[options]) for other in others])
+        same = reference is not None and np.array_equal(values, reference)
+        if round_ != "base" or not same:
+            yield variant, round_, options, values, reference
 
 
 def tables(results: dict, against: str) -> list[str]:
-    """Metrics, paired with `against`; then what to watch of the trainings."""
-    compared = [f"everything right, against {against}"] if len(results) > 1 else []
-    scores = [["", *METRICS, *compared]]
-    for variant, round_, options, values, theirs in lines(results, against):
-        row = [f"{variant}, {round_}" + (f", `{options}`" if options else "")]
+    """Metrics, with the paired difference to `against`; then the last steps of the trainings."""
+    return [metrics_table(results, against), training_table(results)]
+
+
+def metrics_table(results: dict, against: str) -> str:
+    several = len(results) > 1
+    rows = [["", *METRICS]]
+    if several:
+        rows[0].append(f"everything right, against {against}")
+    for variant, round_, options, values, reference in compared(results, against):
+        row = [label(variant, round_, options)]
         row += [interval(values[..., m]) for m in range(len(METRICS))]
-        scores.append(row + ["" if theirs is None else interval((values - theirs)[..., 3], "+") for _ in compared])
-    watched = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy", "images: win", "lose",
-                "accuracy", "words per held-out caption"]]
+        if several and reference is None:
+            row.append("")
+        elif several:
+            row.append(interval((values - reference)[..., RIGHT], "+"))
+        rows.append(row)
+    return markdown(rows)
+
+
+def training_table(results: dict) -> str:
+    rows = [["last tenth of the steps", "pairs", "steps", "captions: win", "lose", "accuracy",
+             "images: win", "lose", "accuracy", "words per held-out caption"]]
     for variant, by_seed in results.items():
-        for round_ in [r for r in next(iter(by_seed.values())) if r != "base"]:
-            cells = [found[round_] for found in by_seed.values()]
-            mean = {k: np.mean([c["training"][k] for c in cells]) for k in cells[0]["training"]}
-            changes = [f"{mean[f'{what}_{half}']:.2f}" for half in ("und", "gen")
-                       for what in ("win_change", "lose_change", "accuracy")]
-            words = np.mean([next(iter(c.values()))["words"] for c in cells])
-            watched.append([f"{variant}, {round_}", f"{mean['pairs']:.0f}", f"{mean['steps']:.0f}", *changes, f"{words:.2f}"])
-    return [markdown(scores), markdown(watched)]
+        for round_ in next(iter(by_seed.values())):
+            if round_ == "base":
+                continue
+            cells = [rounds[round_] for rounds in by_seed.values()]
+
+            def mean(name):
+                return np.mean([cell["training"][name] for cell in cells])
+
+            row = [f"{variant}, {round_}", f"{mean('pairs'):.0f}", f"{mean('steps'):.0f}"]
+            for half in ("und", "gen"):
+                for name in ("win_change", "lose_change", "accuracy"):
+                    row.append(f"{mean(f'{name}_{half}'):.2f}")
+            words = [next(iter(cell.values()))["words"] for cell in cells]
+            rows.append([*row, f"{np.mean(words):.2f}"])
+    return markdown(rows)
 
 
 def faults(results: dict) -> list[str]:
-    """Of 100 drawings, how many are wrong in which way."""
-    table, seen = [["of 100 drawings", *KINDS]], []
+    """Of 100 drawings, how many are wrong in which way. Equal bases come once."""
+    rows = [["of 100 drawings", *KINDS]]
+    seen = []
     for variant, round_, options, cells in evaluations(results):
         if round_ == "base" and cells in seen:
             continue
         seen.append(cells)
-        drawn = sum(len(c["everything"]) for c in cells)
-        row = [f"{100 * sum(c['faults'].get(kind, 0) for c in cells) / drawn:.1f}" for kind in KINDS]
-        table.append([f"{variant}, {round_}" + (f", `{options}`" if options else ""), *row])
-    return [markdown(table)]
+        drawings = sum(len(c["everything"]) for c in cells)
+        row = [label(variant, round_, options)]
+        for kind in KINDS:
+            count = sum(c["faults"].get(kind, 0) for c in cells)
+            row.append(f"{100 * count / drawings:.1f}")
+        rows.append(row)
+    return [markdown(rows)]
+
+
+# ------------------------------------------------------------------------------------------ picture
 
 
 def forest(results: dict, against: str) -> str:
-    """Everything right as SVG: a line per variant and evaluation, a dot with its interval per round."""
-    rows = {}
-    for variant, round_, options, values, _ in lines(results, against):
-        rows.setdefault(f"{variant}, {options}" if options else variant, []).append((round_, *bounds(values[..., 3])))
-    ends = [x for dots in rows.values() for dot in dots for x in dot[2:]]
-    left, right = np.floor(min(ends) * 10) / 10, np.ceil(max(ends) * 10) / 10
+    """Everything right as SVG: a line per variant and evaluation, a dot with interval per round.
+
+    The dashed line is where `against` ends.
+    """
+    lines = {}
+    for variant, round_, options, values, _ in compared(results, against):
+        name = f"{variant}, {options}" if options else variant
+        lines.setdefault(name, []).append((round_, *bounds(values[..., RIGHT])))
+    ends = []
+    for dots in lines.values():
+        for _, _, low, high in dots:
+            ends += [low, high]
+    left = np.floor(min(ends) * 10) / 10
+    right = np.ceil(max(ends) * 10) / 10
+    height = 34 + 26 * len(lines)
 
     def place(x):
-        return 420 + 410 * (x - left) / (right - left)
+        return f"{420 + 410 * (x - left) / (right - left):.1f}"
 
-    height = 34 + 26 * len(rows)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height + 24}" font-family="sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="white"/>', '<text x="10" y="20" fill="#6b7280">everything right</text>']
+    def text(x, y, content, style):
+        return f'<text x="{x}" y="{y}"{style}>{content}</text>'
+
+    grey = ' fill="#6b7280"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height + 24}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        text(10, 20, "everything right", grey),
+    ]
+    # the scale
     for x in np.arange(left, right + 0.01, 0.1):
-        parts.append(f'<path d="M{place(x):.1f} 28V{height}" stroke="#e5e7eb"/><text x="{place(x):.1f}" y="20" '
-                     f'text-anchor="middle" fill="#6b7280">{x:.1f}</text>')
-    default = rows[against][-1][1]
-    parts.append(f'<path d="M{place(default):.1f} 28V{height}" stroke="#f59e0b" stroke-dasharray="3 3"/>')
-    for i, (label, dots) in enumerate(rows.items()):
+        line = f'<path d="M{place(x)} 28V{height}" stroke="#e5e7eb"/>'
+        parts.append(line + text(place(x), 20, f"{x:.1f}", ' text-anchor="middle"' + grey))
+    default = place(lines[against][-1][1])
+    dashed = 'stroke="#f59e0b" stroke-dasharray="3 3"'
+    parts.append(f'<path d="M{default} 28V{height}" {dashed}/>')
+
+    # a line per variant
+    for i, (name, dots) in enumerate(lines.items()):
         y = 46 + 26 * i
-        parts.append(f'<text x="10" y="{y + 4}">{escape(label)}</text>'
-                     f'<text x="890" y="{y + 4}" text-anchor="end">{dots[-1][1]:.3f}</text>')
+        last = text(890, y + 4, f"{dots[-1][1]:.3f}", ' text-anchor="end"')
+        parts.append(text(10, y + 4, escape(name), "") + last)
         for round_, mean, low, high in dots:
-            shade = SHADES[int(round_.removeprefix("round")) if round_ != "base" else 0]
-            parts.append(f'<path d="M{place(low):.1f} {y}H{place(high):.1f}" stroke="{shade}" stroke-width="2"/>'
-                         f'<circle cx="{place(mean):.1f}" cy="{y}" r="5" fill="{shade}"/>')
-    shown = {round_ for dots in rows.values() for round_, *_ in dots}
-    for i, name in enumerate(n for n in ("base", "round1", "round2", "round3") if n in shown):
-        parts.append(f'<circle cx="{430 + 90 * i}" cy="{height + 10}" r="5" fill="{SHADES[i]}"/>'
-                     f'<text x="{440 + 90 * i}" y="{height + 14}" fill="#6b7280">{name}</text>')
+            shade = SHADES[round_]
+            line = f'<path d="M{place(low)} {y}H{place(high)}" stroke="{shade}" stroke-width="2"/>'
+            parts.append(line + f'<circle cx="{place(mean)}" cy="{y}" r="5" fill="{shade}"/>')
+
+    # the legend
+    shown = set()
+    for dots in lines.values():
+        shown |= {dot[0] for dot in dots}
+    for i, round_ in enumerate(name for name in SHADES if name in shown):
+        dot = f'<circle cx="{430 + 90 * i}" cy="{height + 10}" r="5" fill="{SHADES[round_]}"/>'
+        parts.append(dot + text(440 + 90 * i, height + 14, round_, grey))
     return "\n".join(parts) + "</svg>\n"
 
 
-def publish(name: str, found: list[str]) -> None:
-    """Put tables between the marks <!-- name --> and <!-- /name --> of toy/RESULTS.md, and print them."""
-    text = "\n\n".join(found)
-    file = TOY / "RESULTS.md"
-    page, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}\n{text}\n\n{m[2]}",
-                      file.read_text(encoding="utf-8"), flags=re.S)
+# --------------------------------------------------------------------------------------------- page
+
+
+def publish(name: str, parts: list[str]) -> None:
+    """Put tables between the marks of toy/results/NAME.md, and print them."""
+    text = "\n\n".join(parts)
+    page = RESULTS / f"{name}.md"
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    before = page.read_text(encoding="utf-8")
+    content, n = marked.subn(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", before)
     if n != 1:
-        raise ValueError(f"{file}: needs the marks of {name} once, has them {n} times")
-    file.write_text(page, encoding="utf-8")
+        raise ValueError(f"{page}: needs the marks of {name} once, has them {n} times")
+    page.write_text(content, encoding="utf-8")
     print(text)

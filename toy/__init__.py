@@ -1,0 +1,1 @@
+"""The toy world: its scenes and oracle, the base model, the studies and their results."""

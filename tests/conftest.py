@@ -15,16 +15,15 @@ def golden_dir():
     return GOLDEN
 
 
-def torchrun(processes: int, *arguments) -> list[str]:
-    """The command that starts several gloo processes. (accelerate launch starts CPU processes through MPI only.)"""
-    start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [*start, "--nproc-per-node", str(processes), *map(str, arguments)]
-
-
 def stage(name: str):
-    """Import a stage script, whose file name starts with a digit, as a module."""
+    """A stage script, whose file name starts with a digit, loaded by its path for its tests."""
     spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def main(module, *arguments):
+    """Run a stage's main() as the command line would."""
+    module.main(module.parse_args([str(a) for a in arguments]))

@@ -1,6 +1,7 @@
-"""Run a stage sharded over CPU processes: python tests/fsdp_on_cpu.py STAGE ARGUMENTS, under torchrun.
+"""Run a stage sharded over CPU processes: torchrun … tests/fsdp_on_cpu.py STAGE ARGUMENTS.
 
-accelerate turns FSDP on for accelerators only; here the CPU's process group passes for one, with bench/fsdp.yaml's settings.
+accelerate turns FSDP on for accelerators only. Here the CPU's process group passes for one, with
+the settings of configs/fsdp.yaml.
 """
 
 import os
@@ -8,16 +9,20 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-for line in (ROOT / "bench" / "fsdp.yaml").read_text().splitlines():
+ROOT = Path(__file__).resolve().parent.parent
+
+# what `accelerate launch --config_file` sets; one name differs between file and environment
+RENAMED = {"FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+for line in (ROOT / "configs" / "fsdp.yaml").read_text().splitlines():
     if line.startswith("  fsdp_"):
-        key, value = line.split("#")[0].strip().split(": ")
-        key = {"FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP"}.get(key.upper(), key.upper())
-        os.environ[key] = value.strip()
+        setting, _, _ = line.partition("#")
+        name, value = setting.strip().split(": ")
+        name = name.upper()
+        os.environ[RENAMED.get(name, name)] = value.strip()
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 
-from accelerate import PartialState  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

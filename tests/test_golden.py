@@ -8,10 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PhiConfig
 
+from bench import reference as plain
 from conftest import GOLDEN, stage
-import plain
-from model import (Ask, Drawing, Magvit, MagvitConfig, Segment, Showo, TextPrefix, answer_segment, build, draw_images,
-                   fill, image_segment, load_image, mask_least_confident, pack, slots_to_mask, write_text)
+from hermesflow.checkpoints import load_weights
+from hermesflow.magvit import Magvit, MagvitConfig
+from hermesflow.pictures import load_image
+from hermesflow.prefixes import TextPrefix
+from hermesflow.sampling import MASKED, cosine_mask_count, mask_by_random_topk
+from hermesflow.showo import Segment, Showo, answer_segment, build_showo, image_segment, pack
+from model import ImageSampling, Model, TextRequest
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 pair_dpo = stage("03_pair_dpo")
@@ -29,10 +34,10 @@ def close(ours, theirs):
 
 def tiny(weights: str) -> Showo:
     phi = PhiConfig.from_dict(json.loads((GOLDEN / "tiny_phi_config.json").read_text()))
-    model = build(CONFIG, phi, TOKENIZER)
-    fill(model, load_file(GOLDEN / weights), weights)
-    model.showo.model.rotary_emb = PhiRotaryEmbedding(phi)
-    return model.eval()
+    net = build_showo(CONFIG, phi, TOKENIZER)
+    load_weights(net, load_file(GOLDEN / weights), weights)
+    net.showo.model.rotary_emb = PhiRotaryEmbedding(phi)
+    return net.eval()
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +53,14 @@ def reference():
 @pytest.fixture(scope="module")
 def vq():
     vq = Magvit(VQ_CONFIG)
-    fill(vq, load_file(GOLDEN / "magvitv2_tiny.safetensors"), "magvitv2_tiny.safetensors")
+    name = "magvitv2_tiny.safetensors"
+    load_weights(vq, load_file(GOLDEN / name), name)
     return vq.eval()
+
+
+@pytest.fixture(scope="module")
+def model(policy, vq):
+    return Model(policy, vq)
 
 
 def unpad(row, pad):
@@ -57,52 +68,56 @@ def unpad(row, pad):
     return [i for i in row.tolist() if i != pad]
 
 
-# ----------------------------------------------------------------------------------------------------- vocabulary
+# -------------------------------------------------------------------------------------- vocabulary
 
 
 def test_special_tokens(policy):
-    t, ids = policy.tokens, J["special_token_ids"]
-    ours = {"<|soi|>": t.soi, "<|eoi|>": t.eoi, "<|t2i|>": t.t2i, "<|mmu|>": t.mmu, "<|sot|>": t.sot, "<|eot|>": t.eot,
-            "<|pad|>": t.pad}
+    t = policy.tokens
+    ids = J["special_token_ids"]
+    ours = {"<|soi|>": t.soi, "<|eoi|>": t.eoi, "<|t2i|>": t.t2i, "<|mmu|>": t.mmu,
+            "<|sot|>": t.sot, "<|eot|>": t.eot, "<|pad|>": t.pad}
     assert {k: ids[k] for k in ours} == ours
     assert t.first_code == J["len_tokenizer"]
     assert (t.mask, t.vocab_size) == (CONFIG["mask_token_id"], CONFIG["vocab_size"])
 
 
 @pytest.mark.parametrize("i", range(len(J["captions"])))
-def test_drawing_prompt(policy, i):
-    t, row = policy.tokens, G["t2i_gen.input_ids"][i]
-    ours = t.draw(J["captions"][i]) + t.image([-1] * t.image_tokens)
+def test_t2i_prompt(policy, i):
+    t = policy.tokens
+    row = G["t2i_gen.input_ids"][i]
+    masked = t.image_block([MASKED] * t.image_tokens)
+    ours = t.t2i_prompt(J["captions"][i]) + masked
     assert ours == unpad(row, t.pad)
     assert len(row) == t.window + t.image_tokens + 2
-    assert t.draw("") + t.image([-1] * t.image_tokens) == unpad(G["t2i_gen.uncond_input_ids"][i], t.pad)
+    assert t.t2i_prompt("") + masked == unpad(G["t2i_gen.uncond_input_ids"][i], t.pad)
 
 
 @pytest.mark.parametrize("i", range(3))
 def test_captioning_prompt(policy, i):
-    t, row = policy.tokens, G["mmu_gen.input_ids"][i].tolist()
+    t = policy.tokens
+    row = G["mmu_gen.input_ids"][i].tolist()
     codes = G["vq.codes"][i].tolist()
-    assert t.look(codes) + t.ask(J["mmu_question"]) == row
+    assert t.mmu_prompt(codes) + t.text_prompt(J["mmu_question"]) == row
 
 
-# ------------------------------------------------------------------------------------------- attention and logits
+# ---------------------------------------------------------------------------- attention and logits
 
 
-def drawing_row(tokens, row):
+def t2i_row(tokens, row):
     """A recorded drawing row as prefix and image block."""
     ids = unpad(row, tokens.pad)
     cut = ids.index(tokens.soi)
     return [Segment(ids[:cut]), Segment(ids[cut:], bidirectional=True)]
 
 
-def test_drawing_attention(policy):
+def test_t2i_attention(policy):
     pad = policy.tokens.pad
     rows = torch.cat([G["t2i_gen.input_ids"], G["t2i_gen.uncond_input_ids"]])
     for ids, theirs in zip(rows, G["t2i_gen.attend"]):
-        ours = plain.dense(pack([drawing_row(policy.tokens, ids)], pad))
+        ours = plain.dense(pack([t2i_row(policy.tokens, ids)], pad))
         keep = ids != pad
         assert torch.equal(ours, theirs[keep][:, keep])
-        assert not theirs[keep][:, ~keep].any()  # nobody sees padding, so leaving it out changes nothing
+        assert not theirs[keep][:, ~keep].any()  # nobody sees padding, so it may be left out
 
 
 def test_captioning_attention(policy):
@@ -113,71 +128,82 @@ def test_captioning_attention(policy):
 
 
 @torch.no_grad()
-def test_drawing_logits_full_forward(policy):
+def test_t2i_logits_full_forward(policy):
     rows = torch.cat([G["t2i_gen.input_ids"], G["t2i_gen.uncond_input_ids"]])
     for i, ids in enumerate(rows):
-        p = pack([drawing_row(policy.tokens, ids)], policy.tokens.pad)
-        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], layout=p["layout"]))[0, -17:-1]
+        p = pack([t2i_row(policy.tokens, ids)], policy.tokens.pad)
+        hidden = policy.hidden(p.ids, p.positions, layout=p.layout)
+        logits = policy.showo.lm_head(hidden)[0, -17:-1]
         first = policy.tokens.first_code
         close(logits[:, first : first + 256], G["t2i_gen.image_logits_masked_all"][i])
         if i == 0:
-            torch.testing.assert_close(logits[0], G["t2i_gen.full_logits_pos0"].float(), rtol=2e-3, atol=2e-3)  # stored in fp16
+            theirs = G["t2i_gen.full_logits_pos0"].float()  # stored in fp16
+            torch.testing.assert_close(logits[0], theirs, rtol=2e-3, atol=2e-3)
 
 
 @torch.no_grad()
-def test_drawing_logits_cached_prefix(policy):
+def test_t2i_logits_cached_prefix(policy):
     """The fast path: text keys/values once, then only the image block, without padding or mask."""
     for i, text in enumerate([*J["captions"], ""]):
-        prefix = TextPrefix(policy, [policy.tokens.draw(text)])
-        block = torch.tensor([policy.tokens.image([-1] * policy.tokens.image_tokens)])
+        prefix = TextPrefix(policy, [policy.tokens.t2i_prompt(text)])
+        masked = [MASKED] * policy.tokens.image_tokens
+        block = torch.tensor([policy.tokens.image_block(masked)])
         for alike in (True, False):  # the second call finds the cache as the first one did
-            close(policy.code_logits(prefix.hidden(block, alike))[0, :, :256], G["t2i_gen.image_logits_masked_all"][i])
+            logits = policy.code_logits(prefix.hidden(block, alike))
+            close(logits[0, :, :256], G["t2i_gen.image_logits_masked_all"][i])
 
 
 @torch.no_grad()
 def test_captioning_logits(policy):
     image = policy.tokens.image_tokens + 3
     for i, ids in enumerate(G["mmu_gen.input_ids"].tolist()):
-        p = pack([[Segment(ids[:image], bidirectional=True), Segment(ids[image:])]], policy.tokens.pad)
-        logits = policy.showo.lm_head(policy.hidden(p["ids"], p["positions"], layout=p["layout"]))
+        row = [Segment(ids[:image], bidirectional=True), Segment(ids[image:])]
+        p = pack([row], policy.tokens.pad)
+        logits = policy.showo.lm_head(policy.hidden(p.ids, p.positions, layout=p.layout))
         close(logits[0, -1], G["mmu_gen.last_logits"][i])
 
 
-# ------------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------------------- decoding
 
-RECORDED = [(float(k.split(".")[2].removeprefix("guidance")), int(k.split(".")[3].removeprefix("steps")))
-            for k in G if k.startswith("t2i_gen.greedy_tokens")]
+RECORDED = []
+for key in G:
+    if key.startswith("t2i_gen.greedy_tokens"):
+        guidance, steps = key.split(".")[2:4]
+        guidance = float(guidance.removeprefix("guidance"))
+        RECORDED.append((guidance, int(steps.removeprefix("steps"))))
 
 
 @pytest.mark.parametrize("guidance, steps", RECORDED)
-def test_greedy_drawing(policy, guidance, steps):
+def test_greedy_images(model, guidance, steps):
     theirs = G[f"t2i_gen.greedy_tokens.guidance{guidance:g}.steps{steps}"]
-    ours = draw_images(policy, J["captions"], None, Drawing(steps, guidance))
+    ours = model.generate_images(J["captions"], None, ImageSampling(steps, guidance))
     assert torch.equal(ours, theirs)
 
 
 def test_schedule():
-    temperature, steps = 1.0, 18
-    for step, (t, count) in enumerate(zip(J["t2i_temperature_per_step_18"], J["t2i_mask_len_per_step_18"])):
+    temperature = 1.0
+    steps = 18
+    recorded = zip(J["t2i_temperature_per_step_18"], J["t2i_mask_len_per_step_18"])
+    for step, (t, count) in enumerate(recorded):
         temperature *= 1 - (step + 1) / steps
         assert math.isclose(temperature, t, abs_tol=1e-12)
-        assert slots_to_mask(step, steps, CONFIG["num_vq_tokens"]) == count
+        assert cosine_mask_count(step, steps, CONFIG["num_vq_tokens"]) == count
 
 
 def test_mask_step():
-    ours = mask_least_confident(G["maskstep.probs"], G["maskstep.gumbel"], G["maskstep.mask_len"].long(), 0.7)
+    count = G["maskstep.mask_len"].long()
+    ours = mask_by_random_topk(G["maskstep.probs"], G["maskstep.gumbel"], count, 0.7)
     assert torch.equal(ours, G["maskstep.masking"])
 
 
-def test_greedy_captions(policy):
-    asks = [Ask(i, policy.tokens.ask(J["mmu_question"])) for i in range(3)]
-    answers = write_text(policy, G["vq.codes"], asks, max_new_tokens=20)
-    for i, answer in enumerate(answers):
-        assert answer == unpad(G[f"mmu_gen.greedy.{i}"], policy.tokens.eot)
-        assert policy.tokens.decode(answer) == J[f"mmu_gen_greedy_text.{i}"]
+def test_greedy_captions(model):
+    requests = [TextRequest(i, J["mmu_question"]) for i in range(3)]
+    for i, text in enumerate(model.generate_text(G["vq.codes"], requests, max_new_tokens=20)):
+        assert text.ids == unpad(G[f"mmu_gen.greedy.{i}"], model.tokens.eot)
+        assert model.decode_text(text.ids) == J[f"mmu_gen_greedy_text.{i}"]
 
 
-# -------------------------------------------------------------------------------------------------- image tokenizer
+# --------------------------------------------------------------------------------- image tokenizer
 
 
 def test_image_transform():
@@ -194,38 +220,41 @@ def test_image_tokenizer(vq):
     close(vq.decode(torch.arange(24)[None] * 300 % 8192, height=4), G["vq.decoded_rect"])
 
 
-# ------------------------------------------------------------------------------------------------------------- DPO
+# --------------------------------------------------------------------------------------------- DPO
 
 COLUMNS = {name: i for i, name in enumerate(J["dpo_logprob_columns"])}
 
 
-def drawing_rows(tokens, labels=True):
+def t2i_rows(tokens):
     """Record -> text, win image and lose image behind it, with the recorded mask."""
     rows = []
     for i, text in enumerate(J["dpo_t2i_texts"]):
         mask = G["dpo.mask"][i].tolist()
-        branches = [image_segment(tokens, G[f"dpo.image_tokens_{side}"][i].sub(tokens.first_code).tolist(), mask)
-                    for side in ("win", "lose")]
-        rows.append([Segment(tokens.draw(text)), *branches])
+        branches = []
+        for side in ("win", "lose"):
+            codes = G[f"dpo.image_tokens_{side}"][i] - tokens.first_code
+            branches.append(image_segment(tokens, codes.tolist(), mask))
+        rows.append([Segment(tokens.t2i_prompt(text)), *branches])
     return rows
 
 
-def test_drawing_rows_match_recorded_inputs(policy):
+def test_t2i_rows_match_recorded_inputs(policy):
     t = policy.tokens
-    for i, row in enumerate(drawing_rows(t)):
+    for i, row in enumerate(t2i_rows(t)):
         for branch, side in zip(row[1:], ("win", "lose")):
             assert row[0].ids + branch.ids == unpad(G[f"dpo.t2i.input_ids_{side}"][i], t.pad)
 
 
-def text_rows(tokens):
-    """Record -> image, win answer and lose answer behind it, in the original's training format: no <|sot|>."""
+def mmu_rows(tokens):
+    """Image, win and lose answer, in the original's training format: no <|sot|>."""
     rows = []
     for i in range(2):
         image = G["dpo.image_tokens_win"][i]
-        row = [Segment([tokens.mmu, tokens.soi, *G["dpo.mmu.input_ids_win"][i, 2 : 2 + len(image)].tolist(), tokens.eoi],
-                       bidirectional=True)]
+        seen = G["dpo.mmu.input_ids_win"][i, 2 : 2 + len(image)].tolist()
+        row = [Segment([tokens.mmu, tokens.soi, *seen, tokens.eoi], bidirectional=True)]
         for side in ("win", "lose"):
-            ids, labels = G[f"dpo.mmu.input_ids_{side}"][i], G[f"dpo.mmu.labels_{side}"][i]
+            ids = G[f"dpo.mmu.input_ids_{side}"][i]
+            labels = G[f"dpo.mmu.labels_{side}"][i]
             scored = labels != -100
             prompt = ids[len(row[0].ids) : int(scored.nonzero()[0])].tolist()
             row.append(answer_segment(prompt, ids[scored].tolist()))
@@ -234,24 +263,27 @@ def text_rows(tokens):
 
 
 def with_frame(rows):
-    """The original also scores <|soi|> and <|eoi|>, which are given: add them to compare. (We leave them out.)"""
+    """The original also scores <|soi|> and <|eoi|>, which are given: add them to compare."""
     for row in rows:
         for segment in row[1:]:
-            segment.targets[0], segment.targets[-1] = segment.ids[0], segment.ids[-1]
+            segment.targets[0] = segment.ids[0]
+            segment.targets[-1] = segment.ids[-1]
     return rows
 
 
 def pair_dpo_columns(policy, reference):
     """The twelve recorded columns per record, with the stage's own loss."""
     columns = torch.empty(2, len(COLUMNS))
-    for half, rows in (("t2i", with_frame(drawing_rows(policy.tokens))), ("mmu", text_rows(policy.tokens))):
-        sums = {"policy": policy.logprobs(rows)[0], "ref": reference.logprobs(rows)[0].detach()}
+    for half, rows in (("t2i", with_frame(t2i_rows(policy.tokens))),
+                       ("mmu", mmu_rows(policy.tokens))):
+        sums = {"policy": policy.logps(rows)[0][:, 1:],
+                "ref": reference.logps(rows)[0][:, 1:].detach()}  # (B, 2): win, lose
         for who in sums:
-            for side, column in (("win", 1), ("lose", 2)):
-                columns[:, COLUMNS[f"{who}_{side}_{half}"]] = sums[who][:, column]
+            columns[:, COLUMNS[f"{who}_win_{half}"]] = sums[who][:, 0]
+            columns[:, COLUMNS[f"{who}_lose_{half}"]] = sums[who][:, 1]
         delta = pair_dpo.margins(sums["policy"], sums["ref"])
         columns[:, COLUMNS[f"delta_{half}"]] = delta
-        columns[:, COLUMNS[f"loss_{half}"]] = pair_dpo.preference_loss(delta, J["beta"])
+        columns[:, COLUMNS[f"loss_{half}"]] = pair_dpo.dpo_loss(delta, J["beta"])
     return columns
 
 
@@ -271,19 +303,21 @@ def test_dpo_columns_and_gradients(policy, reference):
     policy.zero_grad()
 
 
-# --------------------------------------------------------------------------------------------- published checkpoints
+# --------------------------------------------------------------------------- published checkpoints
 
 
 def test_published_parameter_names():
-    for file, build_it in (("keys_showo_1.3b.json", published_showo), ("keys_magvitv2.json", published_magvit)):
+    for file, build_it in (("keys_showo_1.3b.json", published_showo),
+                           ("keys_magvitv2.json", published_magvit)):
         with torch.device("meta"):
             module = build_it()
-        theirs = {k: tuple(v) for k, v in json.loads((GOLDEN / file).read_text()).items()}
+        recorded = json.loads((GOLDEN / file).read_text())
+        theirs = {k: tuple(v) for k, v in recorded.items()}
         assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == theirs
 
 
 def published_showo():
-    return build({**CONFIG, "num_vq_tokens": 1024}, PhiConfig(), TOKENIZER)
+    return build_showo({**CONFIG, "num_vq_tokens": 1024}, PhiConfig(), TOKENIZER)
 
 
 def published_magvit():

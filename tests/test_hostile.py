@@ -1,5 +1,8 @@
-"""Bad input, one table per kind: handled as a user would expect, or one line that names file, place and field, and exit
-code 2, without a traceback and without anything under a final name."""
+"""Bad input, one table per kind: handled as a user would expect, or refused.
+
+Refused: one line that names file, place and field, exit code 2, no traceback, and nothing under a
+final name.
+"""
 
 import io
 import json
@@ -15,19 +18,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from conftest import GOLDEN, stage
-from model import InputError, Record, Tokens, load, load_image, read_jsonl, read_records, run, save
-from test_stages import main
+from conftest import GOLDEN, main, stage
+from hermesflow.files import InputError
+from hermesflow.pictures import load_image
+from hermesflow.records import Record, read_jsonl, read_records
+from hermesflow.runs import run_main
+from hermesflow.showo import Tokens
+from model import load, save
 from tiny import tiny_model
 
-sample, score, dpo, evaluation = (stage(n) for n in ("01_sample", "02_score", "03_pair_dpo", "04_eval"))
-FINAL = ("samples.jsonl", "samples.safetensors", "pairs.jsonl", "checkpoint", "metrics.json", "answers.jsonl")
+sample = stage("01_sample")
+score = stage("02_score")
+dpo = stage("03_pair_dpo")
+FINAL = ("samples.jsonl", "samples.safetensors", "pairs.jsonl", "checkpoint", "metrics.json",
+         "answers.jsonl")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile") / "base"
-    save(*tiny_model(), folder)
+    save(tiny_model(), folder)
     return folder
 
 
@@ -36,26 +46,28 @@ def refusal(capsys, module, *arguments) -> str:
     capsys.readouterr()
     out = arguments[arguments.index("--out") + 1]
     with pytest.raises(SystemExit) as ended:
-        run(lambda: main(module, *arguments))
+        run_main(lambda: main(module, *arguments))
     printed = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
-    assert ended.value.code == 2 and printed[-1].startswith("error: ") and len(printed[-1]) < 1000
+    assert ended.value.code == 2
+    assert printed[-1].startswith("error: ") and len(printed[-1]) < 1000
     assert not any("Traceback" in line for line in printed)
     assert not any((out / name).exists() for name in FINAL)
-    assert not list(out.rglob("*.tmp")) if out.exists() else True
+    assert not list(out.rglob("*.tmp"))
     return printed[-1]
 
 
 def sampling(folder, base, records, *more):
-    return (sample, "--records", records, "--model", base, "--captions", 2, "--max-new-tokens", 3, "--images", 2, "--steps", 2,
-            "--guidance", 0, "--show", 1, "--out", folder / "out", *more)
+    return (sample, "--records", records, "--model", base, "--captions", 2, "--max-new-tokens", 3,
+            "--images", 2, "--steps", 2, "--guidance", 0, "--show", 1, "--out", folder / "out",
+            *more)
 
 
 def picture(path, size=(40, 30), mode="RGB", **how):
-    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(size)
-    small.convert(mode).save(path, **how)
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size).convert(mode).save(path, **how)
 
 
-# ------------------------------------------------------------------------------------------------------ JSON and JSONL
+# ----------------------------------------------------------------------------------- JSON and JSONL
 
 GOOD = b'{"id": "a", "image": "0.png", "caption": "a big red ring"}'
 QUESTION = '{"question": "is it?", "choices": ["yes", "no"], "answer": "yes"}'
@@ -66,73 +78,117 @@ def line(**fields) -> bytes:
 
 
 def asking(question: str) -> bytes:
-    return b'{"id": "b", "image": "0.png", "caption": "blue", "questions": [' + question.encode() + b"]}"
+    fields = '"id": "b", "image": "0.png", "caption": "blue"'
+    return f'{{{fields}, "questions": [{question}]}}'.encode()
 
 
 BAD_LINES = {  # the second line of a file -> what the message must name
-    "open object": (b"{", "line 2"), "trailing comma": (b'{"id": "b",}', "line 2"), "single quotes": (b"{'id': 'b'}", "line 2"),
-    "bare word": (b"hello", "line 2"), "two objects": (GOOD + GOOD, "line 2"), "list": (b"[]", "expected an object"),
-    "number": (b"3", "expected an object"), "string": (b'"a"', "expected an object"), "null": (b"null", "expected an object"),
-    "boolean": (b"true", "expected an object"), "deep": (b"[" * 100_000, "line 2"), "NaN": (line()[:-1] + b', "x": NaN}', "NaN"),
-    "infinity": (line()[:-1] + b', "x": -Infinity}', "Infinity"), "torn": (GOOD[:30], "line 2"),
-    "raw control character": (b'{"id": "b\x01"}', "line 2"), "half a surrogate": (b'{"id": "b", "image": "0.png", "caption": "\\ud800"}', "'caption'"),
-    "no id": (b'{"image": "0.png", "caption": "c"}', "'id' is missing"), "no image": (b'{"id": "b", "caption": "c"}', "'image' is missing"),
-    "no caption": (b'{"id": "b", "image": "0.png"}', "'caption' is missing"), "id number": (line(id=3), "'id'"),
-    "id null": (line(id=None), "'id'"), "id list": (line(id=["b"]), "'id'"), "image list": (line(image=["0.png"]), "'image'"),
-    "caption number": (line(caption=3), "'caption'"), "caption object": (line(caption={}), "'caption'"),
-    "caption boolean": (line(caption=True), "'caption'"), "prompt number": (line(prompt=1.5), "'prompt'"),
-    "questions object": (line(questions={}), "'questions'"), "questions text": (line(questions="why?"), "'questions'"),
-    "question null": (asking("null"), "'questions'"), "question without answer": (asking('{"question": "q", "choices": []}'), "'answer'"),
-    "choices text": (asking('{"question": "q", "choices": "yes no", "answer": "yes"}'), "'choices'"),
+    "open object": (b"{", "line 2"),
+    "trailing comma": (b'{"id": "b",}', "line 2"),
+    "single quotes": (b"{'id': 'b'}", "line 2"),
+    "bare word": (b"hello", "line 2"),
+    "two objects": (GOOD + GOOD, "line 2"),
+    "list": (b"[]", "expected an object"),
+    "number": (b"3", "expected an object"),
+    "string": (b'"a"', "expected an object"),
+    "null": (b"null", "expected an object"),
+    "boolean": (b"true", "expected an object"),
+    "deep": (b"[" * 100_000, "line 2"),
+    "NaN": (line()[:-1] + b', "x": NaN}', "NaN"),
+    "infinity": (line()[:-1] + b', "x": -Infinity}', "Infinity"),
+    "torn": (GOOD[:30], "line 2"),
+    "raw control character": (b'{"id": "b\x01"}', "line 2"),
+    "half a surrogate": (b'{"id": "b", "image": "0.png", "caption": "\\ud800"}', "'caption'"),
+    "no id": (b'{"image": "0.png", "caption": "c"}', "'id' is missing"),
+    "no image": (b'{"id": "b", "caption": "c"}', "'image' is missing"),
+    "no caption": (b'{"id": "b", "image": "0.png"}', "'caption' is missing"),
+    "id number": (line(id=3), "'id'"),
+    "id null": (line(id=None), "'id'"),
+    "id list": (line(id=["b"]), "'id'"),
+    "image list": (line(image=["0.png"]), "'image'"),
+    "caption number": (line(caption=3), "'caption'"),
+    "caption object": (line(caption={}), "'caption'"),
+    "caption boolean": (line(caption=True), "'caption'"),
+    "prompt number": (line(prompt=1.5), "'prompt'"),
+    "questions object": (line(questions={}), "'questions'"),
+    "questions text": (line(questions="why?"), "'questions'"),
+    "question null": (asking("null"), "'questions'"),
+    "question without answer": (asking('{"question": "q", "choices": []}'), "'answer'"),
+    "choices text": (asking('{"question": "q", "choices": "yes no", "answer": "yes"}'),
+                     "'choices'"),
     "choice number": (asking('{"question": "q", "choices": [1], "answer": "1"}'), "'choices'"),
     "answer null": (asking('{"question": "q", "choices": ["a"], "answer": null}'), "'answer'"),
-    "no choices": (asking('{"question": "q", "choices": [], "answer": "a"}'), "'choices' is empty"),
-    "answer not among the choices": (asking('{"question": "q", "choices": ["a", "b"], "answer": "c"}'), "not among the choices"),
-    "the same id": (GOOD, "twice"), "empty caption": (line(caption=""), "'caption' is empty"),
+    "no choices": (asking('{"question": "q", "choices": [], "answer": "a"}'),
+                   "'choices' is empty"),
+    "answer not among the choices": (
+        asking('{"question": "q", "choices": ["a", "b"], "answer": "c"}'), "not among the choices"),
+    "the same id": (GOOD, "twice"),
+    "empty caption": (line(caption=""), "'caption' is empty"),
     "blank caption": (line(caption=" \n\t "), "'caption' is empty"),
 }
-for bad in ("", ".", "..", "../x", "a/b", "/etc/passwd", "..\\x", "a\0b", "a\nb", "x" * 300, "é" * 150, "\u202egnp.exe",
-            "zero\u200bwidth", "\x7f", "a\u2028b"):
+for bad in ("", ".", "..", "../x", "a/b", "/etc/passwd", "..\\x", "a\0b", "a\nb", "x" * 300,
+            "é" * 150, "\u202egnp.exe", "zero\u200bwidth", "\x7f", "a\u2028b"):
     BAD_LINES[f"id {ascii(bad)[:20]}"] = (line(id=bad), "'id'")
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_line(tmp_path, base, capsys, name):
-    """It stops a strict run; otherwise it is skipped, counted and named, and the good line is sampled."""
+    """It stops a strict run.
+
+    Otherwise it is skipped, counted and named, and the good line is sampled.
+    """
     text, named = BAD_LINES[name]
+    records = tmp_path / "records.jsonl"
     picture(tmp_path / "0.png")
-    (tmp_path / "records.jsonl").write_bytes(GOOD + b"\n" + text + b"\n")
-    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / "records.jsonl", "--strict"))
-    assert f"{tmp_path}/records.jsonl: line 2" in message and named in message
-    main(*sampling(tmp_path, base, tmp_path / "records.jsonl"))
-    assert "1 bad records skipped" in capsys.readouterr().out and named in (tmp_path / "out" / "skipped.txt").read_text()
+    records.write_bytes(GOOD + b"\n" + text + b"\n")
+    message = refusal(capsys, *sampling(tmp_path, base, records, "--strict"))
+    assert f"{records}: line 2" in message and named in message
+    main(*sampling(tmp_path, base, records))
+    assert "1 bad records skipped" in capsys.readouterr().out
+    assert named in (tmp_path / "out" / "skipped.txt").read_text()
     assert [s.id for s in read_jsonl(tmp_path / "out" / "samples.jsonl", Record)] == ["a"]
 
 
-BAD_FILES = {"empty": b"", "blank lines": b"\n\n \n", "not UTF-8": b"\xff\xfe\x00" + GOOD, "latin-1": GOOD.replace(b"big", b"b\xe9g"),
-             "UTF-16": GOOD.decode().encode("utf-16"), "NUL bytes": b"\0" * 100, "all lines bad": b"{}\n[]\n"}
+BAD_FILES = {
+    "empty": b"",
+    "blank lines": b"\n\n \n",
+    "not UTF-8": b"\xff\xfe\x00" + GOOD,
+    "latin-1": GOOD.replace(b"big", b"b\xe9g"),
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "NUL bytes": b"\0" * 100,
+    "all lines bad": b"{}\n[]\n",
+}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 @pytest.mark.parametrize("end", ["jsonl", "json"])
 def test_bad_file(tmp_path, base, capsys, name, end):
-    (tmp_path / f"records.{end}").write_bytes(BAD_FILES[name])
-    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / f"records.{end}"))
+    records = tmp_path / f"records.{end}"
+    records.write_bytes(BAD_FILES[name])
+    message = refusal(capsys, *sampling(tmp_path, base, records))
     assert f"records.{end}" in message
 
 
 def test_missing_file_and_folder_instead_of_file(tmp_path, base, capsys):
-    assert "records.jsonl" in refusal(capsys, *sampling(tmp_path, base, tmp_path / "records.jsonl"))
-    (tmp_path / "records.jsonl").mkdir()
-    assert "records.jsonl" in refusal(capsys, *sampling(tmp_path, base, tmp_path / "records.jsonl"))
+    records = tmp_path / "records.jsonl"
+    assert "records.jsonl" in refusal(capsys, *sampling(tmp_path, base, records))
+    records.mkdir()
+    assert "records.jsonl" in refusal(capsys, *sampling(tmp_path, base, records))
 
 
-FINE_FILES = {"BOM": b"\xef\xbb\xbf" + GOOD, "CRLF": GOOD + b"\r\n" + line() + b"\r\n", "no newline at the end": GOOD,
-              "blank lines between": b"\n" + GOOD + b"\n\n\n" + line(), "other fields": line(score=1e400 > 1, extra=[None]),
-              "escapes": line(caption="tab\tquote\" \u2028 日本 🙂"), "10 MB line": line(caption="red " * 2_500_000),
-              "one choice": asking('{"question": "q", "choices": ["a"], "answer": "a"}'),
-              "fifty choices": asking(json.dumps({"question": "q", "choices": [str(i) for i in range(50)], "answer": "49"})),
-              "look-alikes": line(id="a") + b"\n" + line(id="\u0430")}
+MANY_CHOICES = {"question": "q", "choices": [str(i) for i in range(50)], "answer": "49"}
+FINE_FILES = {
+    "BOM": b"\xef\xbb\xbf" + GOOD,
+    "CRLF": GOOD + b"\r\n" + line() + b"\r\n",
+    "no newline at the end": GOOD,
+    "blank lines between": b"\n" + GOOD + b"\n\n\n" + line(),
+    "other fields": line(score=1e400 > 1, extra=[None]),
+    "escapes": line(caption='tab\tquote" \u2028 日本 🙂'),
+    "10 MB line": line(caption="red " * 2_500_000),
+    "one choice": asking('{"question": "q", "choices": ["a"], "answer": "a"}'),
+    "fifty choices": asking(json.dumps(MANY_CHOICES)),
+    "look-alikes": line(id="a") + b"\n" + line(id="\u0430"),
+}
 
 
 @pytest.mark.parametrize("name", FINE_FILES)
@@ -148,16 +204,21 @@ def test_one_name_in_two_spellings_is_one_id(tmp_path):
         read_records(tmp_path / "records.jsonl")
 
 
+ONE_RECORD = [{"id": 1, "img_path": "0.png", "caption": "c"}]
 BAD_ORIGINAL = {  # initial_data.json, vqa_data.json -> what the message must name
-    "object": ({"id": 1}, [], "array"), "text": ("x", [], "array"), "id fraction": ([{"id": 1.5, "img_path": "0.png", "caption": "c"}], [], "'id'"),
-    "id boolean": ([{"id": True, "img_path": "0.png", "caption": "c"}], [], "'id'"), "no image": ([{"id": 1, "caption": "c"}], [], "'image'"),
-    "questions object": ([{"id": 1, "img_path": "0.png", "caption": "c"}], {}, "vqa_data.json: expected an array"),
-    "question of nobody": ([{"id": 1, "img_path": "0.png", "caption": "c"}],
-                           [{"id": 2, "question": "q", "choices": ["a"], "answer": "a"}], "record 1: field 'id'"),
-    "question without choices": ([{"id": 1, "img_path": "0.png", "caption": "c"}],
-                                 [{"id": 1, "question": "q", "choices": [], "answer": "a"}], "'choices'"),
-    "question with another answer": ([{"id": 1, "img_path": "0.png", "caption": "c"}],
-                                     [{"id": 1, "question": "q", "choices": ["a"], "answer": "b"}], "'answer'"),
+    "object": ({"id": 1}, [], "array"),
+    "text": ("x", [], "array"),
+    "id fraction": ([{"id": 1.5, "img_path": "0.png", "caption": "c"}], [], "'id'"),
+    "id boolean": ([{"id": True, "img_path": "0.png", "caption": "c"}], [], "'id'"),
+    "no image": ([{"id": 1, "caption": "c"}], [], "'image'"),
+    "questions object": (ONE_RECORD, {}, "vqa_data.json: expected an array"),
+    "question of nobody": (
+        ONE_RECORD, [{"id": 2, "question": "q", "choices": ["a"], "answer": "a"}],
+        "record 1: field 'id'"),
+    "question without choices": (
+        ONE_RECORD, [{"id": 1, "question": "q", "choices": [], "answer": "a"}], "'choices'"),
+    "question with another answer": (
+        ONE_RECORD, [{"id": 1, "question": "q", "choices": ["a"], "answer": "b"}], "'answer'"),
 }
 
 
@@ -166,21 +227,24 @@ def test_bad_original_files(tmp_path, base, capsys, name):
     records, questions, named = BAD_ORIGINAL[name]
     (tmp_path / "initial_data.json").write_text(json.dumps(records))
     (tmp_path / "vqa_data.json").write_text(json.dumps(questions))
-    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / "initial_data.json", "--strict", "--questions",
-                                        tmp_path / "vqa_data.json"))
+    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / "initial_data.json", "--strict",
+                                        "--questions", tmp_path / "vqa_data.json"))
     assert named in message and str(tmp_path) in message
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def png(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds nothing."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    def chunk(name, data):
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def encoded(kind: str) -> bytes:
@@ -190,13 +254,21 @@ def encoded(kind: str) -> bytes:
 
 
 BAD_IMAGES = {
-    "truncated PNG": lambda p: p.write_bytes(encoded("PNG")[:2000]), "truncated JPEG": lambda p: p.write_bytes(encoded("JPEG")[:1000]),
-    "JPEG header": lambda p: p.write_bytes(encoded("JPEG")[:100]), "zero bytes": lambda p: p.write_bytes(b""),
-    "text": lambda p: p.write_text("hello"), "SVG": lambda p: p.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "missing": lambda p: None, "folder": lambda p: p.mkdir(), "bomb": lambda p: p.write_bytes(png(60_000, 60_000)),
-    "empty PNG": lambda p: p.write_bytes(png(30, 30)), "30,000 px wide": lambda p: picture(p, (30_000, 20)),
-    "30,000 px high": lambda p: picture(p, (3, 30_000)), "link to nowhere": lambda p: p.symlink_to(p.parent / "nowhere"),
-    "link to itself": lambda p: p.symlink_to(p), "unreadable zeros": lambda p: p.write_bytes(b"\0" * 5000),
+    "truncated PNG": lambda p: p.write_bytes(encoded("PNG")[:2000]),
+    "truncated JPEG": lambda p: p.write_bytes(encoded("JPEG")[:1000]),
+    "JPEG header": lambda p: p.write_bytes(encoded("JPEG")[:100]),
+    "zero bytes": lambda p: p.write_bytes(b""),
+    "text": lambda p: p.write_text("hello"),
+    "SVG": lambda p: p.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "missing": lambda p: None,
+    "folder": lambda p: p.mkdir(),
+    "bomb": lambda p: p.write_bytes(png(60_000, 60_000)),
+    "empty PNG": lambda p: p.write_bytes(png(30, 30)),
+    "30,000 px wide": lambda p: picture(p, (30_000, 20)),
+    "30,000 px high": lambda p: picture(p, (3, 30_000)),
+    "link to nowhere": lambda p: p.symlink_to(p.parent / "nowhere"),
+    "link to itself": lambda p: p.symlink_to(p),
+    "unreadable zeros": lambda p: p.write_bytes(b"\0" * 5000),
     "corrupt GIF": lambda p: p.write_bytes(encoded("GIF")[:60]),
 }
 
@@ -204,14 +276,16 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("name", BAD_IMAGES)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_image(tmp_path, base, capsys, name):
+    records = tmp_path / "records.jsonl"
     picture(tmp_path / "0.png")
     BAD_IMAGES[name](tmp_path / "1.png")
-    (tmp_path / "records.jsonl").write_bytes(GOOD + b"\n" + line(image="1.png"))
-    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / "records.jsonl", "--strict"))
+    records.write_bytes(GOOD + b"\n" + line(image="1.png"))
+    message = refusal(capsys, *sampling(tmp_path, base, records, "--strict"))
     assert f"{tmp_path}/1.png" in message
-    main(*sampling(tmp_path, base, tmp_path / "records.jsonl"))
+    main(*sampling(tmp_path, base, records))
     assert "1 bad records skipped" in capsys.readouterr().out
-    assert list(load_file(tmp_path / "out" / "samples.safetensors")) and len(read_jsonl(tmp_path / "out" / "samples.jsonl", Record)) == 1
+    assert list(load_file(tmp_path / "out" / "samples.safetensors"))
+    assert len(read_jsonl(tmp_path / "out" / "samples.jsonl", Record)) == 1
 
 
 def rotated(path):
@@ -232,15 +306,30 @@ def animated(path):
 
 
 def elsewhere(path):
-    picture(path.parent.parent / f"{path.parent.name}-outside.png")
-    path.symlink_to(path.parent.parent / f"{path.parent.name}-outside.png")
+    outside = path.parent.parent / f"{path.parent.name}-outside.png"
+    picture(outside)
+    path.symlink_to(outside)
+
+
+def sixteen_bit(path):
+    ramp = np.arange(1200, dtype=np.uint16) * 54
+    Image.fromarray(ramp.reshape(30, 40)).save(path)
 
 
 FINE_IMAGES = {
-    "CMYK": lambda p: picture(p, mode="CMYK", format="JPEG"), "gray": lambda p: picture(p, mode="L"), "one bit": lambda p: picture(p, mode="1"),
-    "16 bit": lambda p: Image.fromarray((np.arange(1200, dtype=np.uint16) * 54).reshape(30, 40)).save(p), "alpha": lambda p: picture(p, mode="RGBA"),
-    "gray alpha": lambda p: picture(p, mode="LA"), "palette": palette, "EXIF": rotated, "animated": animated, "1x1": lambda p: picture(p, (1, 1)),
-    "link out of the tree": elsewhere, "progressive": lambda p: picture(p, format="JPEG", progressive=True), "WebP": lambda p: picture(p, format="WEBP"),
+    "CMYK": lambda p: picture(p, mode="CMYK", format="JPEG"),
+    "gray": lambda p: picture(p, mode="L"),
+    "one bit": lambda p: picture(p, mode="1"),
+    "16 bit": sixteen_bit,
+    "alpha": lambda p: picture(p, mode="RGBA"),
+    "gray alpha": lambda p: picture(p, mode="LA"),
+    "palette": palette,
+    "EXIF": rotated,
+    "animated": animated,
+    "1x1": lambda p: picture(p, (1, 1)),
+    "link out of the tree": elsewhere,
+    "progressive": lambda p: picture(p, format="JPEG", progressive=True),
+    "WebP": lambda p: picture(p, format="WEBP"),
     "3,000 px wide": lambda p: picture(p, (3000, 40)),
 }
 
@@ -249,7 +338,8 @@ FINE_IMAGES = {
 def test_unusual_image(tmp_path, name):
     FINE_IMAGES[name](tmp_path / "0.png")
     pixels = load_image(tmp_path / "0.png", 16)
-    assert pixels.shape == (3, 16, 16) and -1 <= pixels.min() and pixels.max() <= 1
+    assert pixels.shape == (3, 16, 16)
+    assert -1 <= pixels.min() and pixels.max() <= 1
     if name == "palette":
         assert pixels[1].min() > 0.99 and pixels[0].max() < -0.99  # the visible colour, green
     if name == "animated":
@@ -260,10 +350,11 @@ def test_unusual_image(tmp_path, name):
         picture(tmp_path / "1.png", (40, 30))
         upright = Image.open(tmp_path / "1.png").rotate(-90, expand=True)
         upright.save(tmp_path / "1.png")
-        assert (pixels - load_image(tmp_path / "1.png", 16)).abs().mean() < 0.1  # turned as the camera says
+        # turned as the camera says
+        assert (pixels - load_image(tmp_path / "1.png", 16)).abs().mean() < 0.1
 
 
-# -------------------------------------------------------------------------------------------------- captions, questions
+# ------------------------------------------------------------------------------ captions, questions
 
 
 @pytest.fixture(scope="module")
@@ -271,16 +362,26 @@ def phi_tokens():
     return Tokens(AutoTokenizer.from_pretrained(GOLDEN / "phi-1_5-tokenizer"), 8192, 1024)
 
 
-@pytest.mark.parametrize("text", [*Tokens.SPECIAL, "<|endoftext|>", "<|startoftext|>", "<|sot|>", "a <|eoi|> b<|soi|>", "[PAD][PAD]"])
+SPECIAL_TEXTS = [*Tokens.SPECIAL, "<|endoftext|>", "<|startoftext|>", "<|sot|>",
+                 "a <|eoi|> b<|soi|>", "[PAD][PAD]"]
+
+
+@pytest.mark.parametrize("text", SPECIAL_TEXTS)
 def test_special_token_text_stays_text(phi_tokens, text):
     ids = phi_tokens.encode(text)
-    assert all(0 <= i < phi_tokens.text_size and i != phi_tokens.eot for i in ids) and phi_tokens.decode(ids) == text
-    assert phi_tokens.draw(text)[2:-1] == ids and phi_tokens.eot not in phi_tokens.ask(text)[1:]
+    assert all(0 <= i < phi_tokens.text_size and i != phi_tokens.eot for i in ids)
+    assert phi_tokens.decode(ids) == text
+    assert phi_tokens.t2i_prompt(text)[2:-1] == ids
+    assert phi_tokens.eot not in phi_tokens.text_prompt(text)[1:]
 
 
-@pytest.mark.parametrize("text", ["word " * 10_000, "🙂🙃🫠" * 50, "\0", "עברית", "a\u200bb", "\n" * 500, "ß" * 5000])
+UNUSUAL_CAPTIONS = ["word " * 10_000, "🙂🙃🫠" * 50, "\0", "עברית", "a\u200bb", "\n" * 500, "ß" * 5000]
+
+
+@pytest.mark.parametrize("text", UNUSUAL_CAPTIONS)
 def test_unusual_captions(tmp_path, base, phi_tokens, text):
-    assert len(phi_tokens.draw(text)) <= 129 and phi_tokens.draw(text)[-1] == phi_tokens.eot
+    prompt = phi_tokens.t2i_prompt(text)
+    assert len(prompt) <= 129 and prompt[-1] == phi_tokens.eot
     picture(tmp_path / "0.png")
     (tmp_path / "records.jsonl").write_bytes(line(caption="c " + text))
     main(*sampling(tmp_path, base, tmp_path / "records.jsonl", "--strict"))
@@ -289,16 +390,17 @@ def test_unusual_captions(tmp_path, base, phi_tokens, text):
 
 def test_a_question_that_does_not_fit(tmp_path, base, capsys):
     picture(tmp_path / "0.png")
-    (tmp_path / "records.jsonl").write_bytes(asking(QUESTION.replace("is it?", "is it? " * 300)))
-    message = refusal(capsys, *sampling(tmp_path, base, tmp_path / "records.jsonl"))
+    records = tmp_path / "records.jsonl"
+    records.write_bytes(asking(QUESTION.replace("is it?", "is it? " * 300)))
+    message = refusal(capsys, *sampling(tmp_path, base, records))
     assert "id 'b': field 'questions'" in message and "does not fit" in message
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class Code:
-    """Pickled, this would create a file when it is read."""
+    """Pickled, this would create a folder when it is read."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -307,63 +409,96 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-def edit(folder, change, name="pytorch_model.safetensors"):
-    weights = load_file(folder / name)
-    change(weights)
-    save_file(weights, folder / name, {"format": "pt"})
-
-
-def configure(folder, name="config.json", **changes):
-    config = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
-
-
 HEAD = "showo.lm_head.weight"
+WEIGHTS = "pytorch_model.safetensors"
+
+
+def edit(path, change):
+    """Change the tensors of a file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def edited(change, name=WEIGHTS):
+    """Harm that changes the tensors of a file in a folder."""
+    return lambda folder: edit(folder / name, change)
+
+
+def configured(name="config.json", **changes):
+    """Harm that changes fields of a JSON file; "gone" removes one."""
+
+    def harm(folder):
+        config = json.loads((folder / name).read_text()) | changes
+        config = {k: v for k, v in config.items() if v != "gone"}
+        (folder / name).write_text(json.dumps(config))
+
+    return harm
+
+
+def text_instead(name, text):
+    """Harm that replaces a file by a text."""
+    return lambda folder: (folder / name).write_text(text)
+
+
+def truncated(name, length):
+    return lambda folder: os.truncate(folder / name, length)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def pickled(folder, value):
-    (folder / "pytorch_model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     torch.save(value, folder / "pytorch_model.bin")
 
 
-BAD_CHECKPOINTS = {  # what is done to a good one -> what the message must name
-    "missing tensor": (lambda f: edit(f, lambda w: w.pop(HEAD)), HEAD),
-    "extra tensor": (lambda f: edit(f, lambda w: w.update(more=torch.zeros(2))), "more"),
-    "transposed tensor": (lambda f: edit(f, lambda w: w.update({HEAD: w[HEAD].T.contiguous()})), HEAD),
-    "NaN": (lambda f: edit(f, lambda w: w[HEAD][0].fill_(torch.nan)), HEAD),
-    "infinity": (lambda f: edit(f, lambda w: w[HEAD][0].fill_(torch.inf)), HEAD),
-    "integers": (lambda f: edit(f, lambda w: w.update({HEAD: w[HEAD].long()})), HEAD),
-    "booleans": (lambda f: edit(f, lambda w: w.update({HEAD: w[HEAD] > 0})), HEAD),
-    "truncated": (lambda f: os.truncate(f / "pytorch_model.safetensors", 5000), "pytorch_model.safetensors"),
-    "zero bytes": (lambda f: os.truncate(f / "pytorch_model.safetensors", 0), "pytorch_model.safetensors"),
-    "text": (lambda f: (f / "pytorch_model.safetensors").write_text("hello" * 100), "pytorch_model.safetensors"),
-    "no weights": (lambda f: (f / "pytorch_model.safetensors").unlink(), "no weights"),
-    "pickled code": (lambda f: pickled(f, {HEAD: Code(f / "ran")}), "pytorch_model.bin"),
-    "pickled code in a list": (lambda f: pickled(f, [Code(f / "ran")]), "pytorch_model.bin"),
-    "pickled list": (lambda f: pickled(f, [torch.zeros(1)]), "pytorch_model.bin"),
-    "bin of text": (lambda f: ((f / "pytorch_model.safetensors").unlink(), (f / "pytorch_model.bin").write_text("x")), "pytorch_model.bin"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config of text": (lambda f: (f / "config.json").write_text("hello"), "config.json"),
-    "config list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "other vocabulary": (lambda f: configure(f, vocab_size=100), "'vocab_size'"),
-    "other codebook": (lambda f: configure(f, codebook_size=64), "config.json"),
-    "other text size": (lambda f: configure(f, llm_vocab_size=1000), "'llm_vocab_size'"),
-    "text instead of a number": (lambda f: configure(f, codebook_size="32"), "'codebook_size'"),
-    "no image size": (lambda f: configure(f, num_vq_tokens="gone"), "'num_vq_tokens'"),
-    "another width": (lambda f: configure(f, "phi_config.json", hidden_size=64), "wrong shape"),
-    "more layers": (lambda f: configure(f, "phi_config.json", num_hidden_layers=3), "missing"),
-    "fewer layers": (lambda f: configure(f, "phi_config.json", num_hidden_layers=1), "unexpected"),
-    "larger tokenizer": (lambda f: replace_tokenizer(f), "'llm_vocab_size'"),
-    "broken tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer"),
-    "image tokenizer truncated": (lambda f: os.truncate(f / "magvitv2" / "pytorch_model.safetensors", 99), "magvitv2"),
-    "image tokenizer NaN": (lambda f: edit(f / "magvitv2", lambda w: w["decoder.conv_in.weight"].fill_(torch.nan)), "decoder.conv_in"),
-    "image tokenizer of other bits": (lambda f: configure(f / "magvitv2", bits=6), "magvitv2"),
-}
+def bin_of_text(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_text("x")
 
 
 def replace_tokenizer(folder):
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(GOLDEN / "phi-1_5-tokenizer", folder / "tokenizer")
+
+
+BAD_CHECKPOINTS = {  # what is done to a good one -> what the message must name
+    "missing tensor": (edited(lambda w: w.pop(HEAD)), HEAD),
+    "extra tensor": (edited(lambda w: w.update(more=torch.zeros(2))), "more"),
+    "transposed tensor": (edited(lambda w: w.update({HEAD: w[HEAD].T.contiguous()})), HEAD),
+    "NaN": (edited(lambda w: w[HEAD][0].fill_(torch.nan)), HEAD),
+    "infinity": (edited(lambda w: w[HEAD][0].fill_(torch.inf)), HEAD),
+    "integers": (edited(lambda w: w.update({HEAD: w[HEAD].long()})), HEAD),
+    "booleans": (edited(lambda w: w.update({HEAD: w[HEAD] > 0})), HEAD),
+    "truncated": (truncated(WEIGHTS, 5000), WEIGHTS),
+    "zero bytes": (truncated(WEIGHTS, 0), WEIGHTS),
+    "text": (text_instead(WEIGHTS, "hello" * 100), WEIGHTS),
+    "no weights": (removed(WEIGHTS), "no weights"),
+    "pickled code": (lambda f: pickled(f, {HEAD: Code(f / "ran")}), "pytorch_model.bin"),
+    "pickled code in a list": (lambda f: pickled(f, [Code(f / "ran")]), "pytorch_model.bin"),
+    "pickled list": (lambda f: pickled(f, [torch.zeros(1)]), "pytorch_model.bin"),
+    "bin of text": (bin_of_text, "pytorch_model.bin"),
+    "no config": (removed("config.json"), "config.json"),
+    "config of text": (text_instead("config.json", "hello"), "config.json"),
+    "config list": (text_instead("config.json", "[]"), "config.json"),
+    "other vocabulary": (configured(vocab_size=100), "'vocab_size'"),
+    "other codebook": (configured(codebook_size=64), "config.json"),
+    "other text size": (configured(llm_vocab_size=1000), "'llm_vocab_size'"),
+    "text instead of a number": (configured(codebook_size="32"), "'codebook_size'"),
+    "no image size": (configured(num_vq_tokens="gone"), "'num_vq_tokens'"),
+    "another width": (configured("phi_config.json", hidden_size=64), "wrong shape"),
+    "more layers": (configured("phi_config.json", num_hidden_layers=3), "missing"),
+    "fewer layers": (configured("phi_config.json", num_hidden_layers=1), "unexpected"),
+    "larger tokenizer": (replace_tokenizer, "'llm_vocab_size'"),
+    "broken tokenizer": (text_instead("tokenizer/tokenizer.json", "{"), "tokenizer"),
+    "image tokenizer truncated": (truncated(f"magvitv2/{WEIGHTS}", 99), "magvitv2"),
+    "image tokenizer NaN": (
+        edited(lambda w: w["decoder.conv_in.weight"].fill_(torch.nan), f"magvitv2/{WEIGHTS}"),
+        "decoder.conv_in"),
+    "image tokenizer of other bits": (configured("magvitv2/config.json", bits=6), "magvitv2"),
+}
 
 
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
@@ -378,78 +513,123 @@ def test_bad_checkpoint(tmp_path, base, capsys, name):
     assert not (tmp_path / "base" / "ran").exists()  # no code from a checkpoint ever runs
 
 
-# ------------------------------------------------------------------------------------------------ what stages hand over
+# ---------------------------------------------------------------------------- what stages hand over
 
 
 @pytest.fixture(scope="module")
 def handed(tmp_path_factory, base):
     """Samples and pairs of two records."""
     folder = tmp_path_factory.mktemp("handed")
+    questions = []
+    for word in ("red", "blue", "big"):
+        question = {"question": word, "choices": ["left", "give ring"], "answer": "left"}
+        questions.append(json.loads(QUESTION) | question)
+    records = []
     for i in range(2):
         picture(folder / f"{i}.png", (30 + i, 30))
-    asked = [json.loads(QUESTION) | {"choices": ["left", "give ring"], "answer": "left", "question": w} for w in ("red", "blue", "big")]
-    (folder / "records.jsonl").write_bytes(b"\n".join(line(id=f"r{i}", image=f"{i}.png", questions=asked) for i in range(2)))
-    main(*sampling(folder, base, folder / "records.jsonl", "--images", 4, "--captions", 4, "--caption-settings", "0:3.0"))
+        records.append(line(id=f"r{i}", image=f"{i}.png", questions=questions))
+    (folder / "records.jsonl").write_bytes(b"\n".join(records))
+    main(*sampling(folder, base, folder / "records.jsonl", "--images", 4, "--captions", 4,
+                   "--caption-settings", "0:3.0"))
     (folder / "out").rename(folder / "samples")
     tensors = load_file(folder / "samples" / "samples.safetensors")
-    pair = dict(id="r0", image="0.png", caption="blue", prompt="", image_codes=tensors["r0/image"].tolist(), win_caption="a",
-                lose_caption="b", win_caption_ids=[3], lose_caption_ids=[4], win_caption_score=1.0, lose_caption_score=0.0,
-                win_image_codes=tensors["r0/images"][0].tolist(), lose_image_codes=tensors["r0/images"][1].tolist(),
-                win_image_score=1.0, lose_image_score=0.0, win_image_wrong=[], lose_image_wrong=[])
+    pair = dict(
+        id="r0",
+        image="0.png",
+        caption="blue",
+        prompt="",
+        image_codes=tensors["r0/image"].tolist(),
+        win_caption="a",
+        lose_caption="b",
+        win_caption_ids=[3],
+        lose_caption_ids=[4],
+        win_caption_score=1.0,
+        lose_caption_score=0.0,
+        win_image_codes=tensors["r0/images"][0].tolist(),
+        lose_image_codes=tensors["r0/images"][1].tolist(),
+        win_image_score=1.0,
+        lose_image_score=0.0,
+        win_image_wrong=[],
+        lose_image_wrong=[],
+    )
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     return folder
 
 
-def tensors_of(change):
-    return lambda f: edit(f / "samples", change, "samples.safetensors")
+CODES = "samples/samples.safetensors"
+LINES = "samples/samples.jsonl"
 
 
-def reline(name, change):
+def without_r1(tensors):
+    for name in list(tensors):
+        if name.startswith("r1"):
+            del tensors[name]
+
+
+def relined(name, change):
+    """Harm that changes the text of a file."""
+
     def harm(folder):
         path = folder / name
         path.write_text(change(path.read_text()))
+
     return harm
 
 
+def shortened(name, *index):
+    """A change that keeps a part of a tensor."""
+    return lambda tensors: tensors.update({name: tensors[name][index].clone()})
+
+
+def first_line_twice(text):
+    first = text.split("\n")[0]
+    return first + "\n" + first
+
+
 BAD_SAMPLES = {
-    "no codes file": (lambda f: (f / "samples" / "samples.safetensors").unlink(), "samples.safetensors"),
-    "truncated codes": (lambda f: os.truncate(f / "samples" / "samples.safetensors", 300), "samples.safetensors"),
-    "stale codes": (tensors_of(lambda t: [t.pop(k) for k in list(t) if k.startswith("r1")]), "'r1'"),
-    "no captions": (tensors_of(lambda t: t.pop("r0/captions")), "'captions' for id 'r0'"),
-    "other number of captions": (tensors_of(lambda t: t.update({"r0/captions": t["r0/captions"][:2].clone()})), "'r0'"),
-    "codes of another model": (tensors_of(lambda t: t["r0/images"].fill_(4000)), "'r0'"),
-    "negative codes": (tensors_of(lambda t: t["r0/images"].fill_(-1)), "'r0'"),
-    "shorter images": (tensors_of(lambda t: t.update({"r0/images": t["r0/images"][:, :9].clone()})), "'r0'"),
-    "tokens outside": (tensors_of(lambda t: t["r0/captions"].fill_(99_999)), "'r0'"),
-    "torn line": (reline("samples/samples.jsonl", lambda t: t[:-20]), "line 2"),
-    "no lines": (reline("samples/samples.jsonl", lambda t: ""), "no records"),
-    "the same line": (reline("samples/samples.jsonl", lambda t: t.split("\n")[0] + "\n" + t.split("\n")[0]), "twice"),
-    "previous of others": (reline("pairs.jsonl", lambda t: t.replace('"r0"', '"r9"')), "'r9' is not among the samples"),
-    "previous torn": (reline("pairs.jsonl", lambda t: t[:100]), "pairs.jsonl: line 1"),
+    "no codes file": (removed(CODES), "samples.safetensors"),
+    "truncated codes": (truncated(CODES, 300), "samples.safetensors"),
+    "stale codes": (edited(without_r1, CODES), "'r1'"),
+    "no captions": (edited(lambda t: t.pop("r0/captions"), CODES), "'captions' for id 'r0'"),
+    "other number of captions": (edited(shortened("r0/captions", slice(2)), CODES), "'r0'"),
+    "codes of another model": (edited(lambda t: t["r0/images"].fill_(4000), CODES), "'r0'"),
+    "negative codes": (edited(lambda t: t["r0/images"].fill_(-1), CODES), "'r0'"),
+    "shorter images": (edited(shortened("r0/images", slice(None), slice(9)), CODES), "'r0'"),
+    "tokens outside": (edited(lambda t: t["r0/captions"].fill_(99_999), CODES), "'r0'"),
+    "torn line": (relined(LINES, lambda t: t[:-20]), "line 2"),
+    "no lines": (relined(LINES, lambda t: ""), "no records"),
+    "the same line": (relined(LINES, first_line_twice), "twice"),
+    "previous of others": (relined("pairs.jsonl", lambda t: t.replace('"r0"', '"r9"')),
+                           "'r9' is not among the samples"),
+    "previous torn": (relined("pairs.jsonl", lambda t: t[:100]), "pairs.jsonl: line 1"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_bad_samples(tmp_path, base, handed, capsys, name):
     harm, named = BAD_SAMPLES[name]
-    shutil.copytree(handed, tmp_path / "in")
-    harm(tmp_path / "in")
-    message = refusal(capsys, score, "--model", base, "--samples", tmp_path / "in" / "samples", "--previous",
-                      tmp_path / "in" / "pairs.jsonl", "--out", tmp_path / "out")
-    assert named in message and str(tmp_path / "in") in message
-
-
-def repair(**changes):
-    return reline("pairs.jsonl", lambda t: json.dumps(json.loads(t) | changes))
+    folder = tmp_path / "in"
+    shutil.copytree(handed, folder)
+    harm(folder)
+    message = refusal(capsys, score, "--model", base, "--samples", folder / "samples",
+                      "--previous", folder / "pairs.jsonl", "--out", tmp_path / "out")
+    assert named in message and str(folder) in message
 
 
 BAD_PAIRS = {
-    "torn": (reline("pairs.jsonl", lambda t: t[:-30]), "line 1"), "empty": (reline("pairs.jsonl", lambda t: ""), "no records"),
-    "short codes": (repair(win_image_codes=[1, 2]), "'win_image_codes'"), "codes too high": (repair(image_codes=[32] * 16), "'image_codes'"),
-    "negative codes": (repair(lose_image_codes=[-1] * 16), "'lose_image_codes'"), "tokens outside": (repair(win_caption_ids=[10**6]), "'win_caption_ids'"),
-    "negative tokens": (repair(lose_caption_ids=[-5]), "'lose_caption_ids'"), "code fractions": (repair(image_codes=[0.5] * 16), "'image_codes'"),
-    "score text": (repair(win_image_score="1"), "'win_image_score'"), "twice": (reline("pairs.jsonl", lambda t: t + t), "twice"),
+    "torn": (relined("pairs.jsonl", lambda t: t[:-30]), "line 1"),
+    "empty": (relined("pairs.jsonl", lambda t: ""), "no records"),
+    "short codes": (configured("pairs.jsonl", win_image_codes=[1, 2]), "'win_image_codes'"),
+    "codes too high": (configured("pairs.jsonl", image_codes=[32] * 16), "'image_codes'"),
+    "negative codes": (configured("pairs.jsonl", lose_image_codes=[-1] * 16),
+                       "'lose_image_codes'"),
+    "tokens outside": (configured("pairs.jsonl", win_caption_ids=[10**6]), "'win_caption_ids'"),
+    "negative tokens": (configured("pairs.jsonl", lose_caption_ids=[-5]), "'lose_caption_ids'"),
+    "code fractions": (configured("pairs.jsonl", image_codes=[0.5] * 16), "'image_codes'"),
+    "score text": (configured("pairs.jsonl", win_image_score="1"), "'win_image_score'"),
+    "twice": (relined("pairs.jsonl", lambda t: t + t), "twice"),
 }
+TRAINING = ("--steps", 1, "--batch", 1, "--micro-batch", 1, "--device", "cpu")
 
 
 @pytest.mark.parametrize("name", BAD_PAIRS)
@@ -457,24 +637,26 @@ def test_bad_pairs(tmp_path, base, handed, capsys, name):
     harm, named = BAD_PAIRS[name]
     shutil.copytree(handed, tmp_path / "in")
     harm(tmp_path / "in")
-    message = refusal(capsys, dpo, "--model", base, "--pairs", tmp_path / "in" / "pairs.jsonl", "--steps", 1, "--batch", 1,
-                      "--micro-batch", 1, "--device", "cpu", "--out", tmp_path / "out")
+    message = refusal(capsys, dpo, "--model", base, "--pairs", tmp_path / "in" / "pairs.jsonl",
+                      *TRAINING, "--out", tmp_path / "out")
     assert named in message and "pairs.jsonl" in message
 
 
 def test_no_pairs_says_why(tmp_path, base, handed, capsys):
-    message = refusal(capsys, score, "--model", base, "--samples", handed / "samples", "--min-image-score", 1.0, "--out", tmp_path / "out")
+    message = refusal(capsys, score, "--model", base, "--samples", handed / "samples",
+                      "--min-image-score", 1.0, "--out", tmp_path / "out")
     assert "no pairs to train on" in message and "best" in message
 
 
 def test_the_good_ones_are_good(tmp_path, base, handed):
     """What the tables harm works when it is left alone."""
     load(base)
-    main(dpo, "--model", base, "--pairs", handed / "pairs.jsonl", "--steps", 1, "--batch", 1, "--micro-batch", 1, "--device", "cpu",
+    main(dpo, "--model", base, "--pairs", handed / "pairs.jsonl", *TRAINING,
          "--out", tmp_path / "train")
     assert (tmp_path / "train" / "checkpoint" / "config.json").exists()
 
 
 def test_there_are_many():
-    tables = (BAD_LINES, BAD_FILES, BAD_FILES, FINE_FILES, BAD_ORIGINAL, BAD_IMAGES, FINE_IMAGES, BAD_CHECKPOINTS, BAD_SAMPLES, BAD_PAIRS)
+    tables = (BAD_LINES, BAD_FILES, BAD_FILES, FINE_FILES, BAD_ORIGINAL, BAD_IMAGES, FINE_IMAGES,
+              BAD_CHECKPOINTS, BAD_SAMPLES, BAD_PAIRS)
     assert sum(map(len, tables)) >= 120

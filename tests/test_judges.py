@@ -1,50 +1,74 @@
-"""04_eval.py: the two judges, the metrics, their intervals and the table."""
+"""evals/judges.py, metrics.py and `compare`: judges, metrics, their intervals and the table."""
 
 import shutil
-from importlib import import_module
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast)
+from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil,
+                          BlipProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig,
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+                          PreTrainedTokenizerFast)
 
-from conftest import stage
-from model import InputError, Question, Record, write_jsonl
+from conftest import main, stage
+from evals import metrics
+from evals.judges import ModelJudge, SelfJudge, ToyJudge, load_judge
+from evals.metrics import EvalRecord
+from hermesflow.files import InputError
+from hermesflow.pictures import to_pil
+from hermesflow.records import Question, Record, vqa_question, write_jsonl
+from hermesflow.scoring import nearest_text
+from model import TextRequest
+from tiny import tiny_model
+from toy import world
 
 evaluation = stage("04_eval")
-nearest_text = import_module("02_score").nearest_text
-world = import_module("toy.world")
-Verdict = evaluation.Verdict
 
-# -------------------------------------------------------------------------------------- a transformers model as judge
+# ------------------------------------------------------------------- a transformers model as judge
 
-TEMPLATE = ("{% for m in messages %}{{ m['role'] }} : {% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
-            "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-            "{% if add_generation_prompt %} assistant :{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+)
+LLAVA_WORDS = ("<pad> <s> </s> <unk> <image> user assistant : , . ? what color is it how many one "
+               "two red blue green yes no Choose of Answer with the choice only").split()
+BLIP_WORDS = ("[PAD] [UNK] [CLS] [SEP] [DEC] [ENC] what color is it how many red ? yes no two "
+              "blue").split()
+SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+def word_tokenizer(words: list[str], unknown: str, template: str, special: list[tuple]):
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=template,
+                                                             special_tokens=special)
+    return tokenizer
 
 
 def save_llava(folder, template: str) -> None:
-    """A LLaVA with random weights. Its tokenizer adds <s> in front, as Llama's does; its image is four tokens."""
-    words = ("<pad> <s> </s> <unk> <image> user assistant : , . ? what color is it how many one two red blue green yes no "
-             "Choose of Answer with the choice only").split()
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                        pad_token="<pad>", extra_special_tokens=["<image>"],
-                                        model_input_names=["input_ids", "attention_mask"])
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(image_processor=pixels, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1, chat_template=template).save_pretrained(folder)
+    """A LLaVA with random weights.
+
+    Its tokenizer adds <s> in front, as Llama's does; its image is four tokens.
+    """
+    words = word_tokenizer(LLAVA_WORDS, "<unk>", "<s> $A", [("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>", extra_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"])
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28},
+                                   crop_size={"height": 28, "width": 28})
+    LlavaProcessor(image_processor=pixels, tokenizer=tokenizer, patch_size=14,
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                   chat_template=template).save_pretrained(folder)
     torch.manual_seed(1)
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    vision = CLIPVisionConfig(image_size=28, patch_size=14, **small)
-    text = LlamaConfig(vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=0, **small)
-    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=4)).save_pretrained(folder)
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, **SMALL)
+    text = LlamaConfig(vocab_size=len(LLAVA_WORDS), bos_token_id=1, eos_token_id=2,
+                       pad_token_id=0, **SMALL)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -55,280 +79,354 @@ def llava(tmp_path_factory):
 
 
 QUESTIONS = [Question("what color is it?", ["red", "blue", "green"], "blue"),
-             Question("how many?", ["one", "two"], "two"), Question("is it red?", ["yes", "no"], "no")]
+             Question("how many?", ["one", "two"], "two"),
+             Question("is it red?", ["yes", "no"], "no")]
 PICTURE = Image.new("RGB", (64, 64), "red")
 
 
-def heard(judge, monkeypatch) -> list:
+def record_inputs(judge, monkeypatch) -> list:
     """Everything that reaches the judge's model from now on; it still answers."""
-    seen, generate = [], judge.model.generate
+    inputs = []
+    generate = judge.model.generate
 
-    def listen(**inputs):
-        seen.append(inputs)
-        return generate(**inputs)
+    def recorded(**given):
+        inputs.append(given)
+        return generate(**given)
 
-    monkeypatch.setattr(judge.model, "generate", listen)
-    return seen
+    monkeypatch.setattr(judge.model, "generate", recorded)
+    return inputs
 
 
 def test_model_judge_answers(llava):
-    judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
+    judge = ModelJudge(str(llava), nearest_text, "cpu")
     answers = judge.answer(PICTURE, QUESTIONS)
     assert len(answers) == 3 and judge.answer(PICTURE, QUESTIONS) == answers  # greedy
-    assert judge.right(answers, QUESTIONS) == [nearest_text(a, q.choices) == q.answer for a, q in zip(answers, QUESTIONS)]
+    assert judge.is_correct(answers, QUESTIONS) == [
+        nearest_text(a, q.choices) == q.answer for a, q in zip(answers, QUESTIONS)]
 
 
-def test_model_judge_matches_what_the_model_said(llava, monkeypatch):
-    judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
-    said = iter(["It is BLUE.", "2", "no"])
-    monkeypatch.setattr(judge, "chat", lambda picture, q: next(said))
+def test_model_judge_matches_the_models_words(llava, monkeypatch):
+    judge = ModelJudge(str(llava), nearest_text, "cpu")
+    words = iter(["It is BLUE.", "2", "no"])
+    monkeypatch.setattr(judge, "chat_answer", lambda picture, q: next(words))
     answers = judge.answer(PICTURE, QUESTIONS)
-    assert answers == ["It is BLUE.", "2", "no"]  # as it was said, so that the judge can be audited
-    assert judge.right(answers, QUESTIONS) == [True, True, True]
+    assert answers == ["It is BLUE.", "2", "no"]  # unchanged, so that the judge can be audited
+    assert judge.is_correct(answers, QUESTIONS) == [True, True, True]
 
 
 def test_model_judge_sees_picture_question_and_choices(llava, monkeypatch):
-    judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
-    seen = heard(judge, monkeypatch)
+    judge = ModelJudge(str(llava), nearest_text, "cpu")
+    inputs = record_inputs(judge, monkeypatch)
     judge.answer(PICTURE, QUESTIONS[:1])
     judge.answer(Image.new("RGB", (64, 64), "blue"), QUESTIONS[:1])
-    assert judge.processor.tokenizer.decode(seen[0]["input_ids"][0]) == (
-        "<s> user : <image> <image> <image> <image> what color is it ? Choose one of : red , blue , green . "
-        "Answer with the choice only . assistant :")
-    red, blue = (inputs["pixel_values"][0].mean((1, 2)) for inputs in seen)
-    assert red[0] > 1 > red[2] and blue[2] > 1 > blue[0]  # channels of the picture, normalised
+    assert judge.processor.tokenizer.decode(inputs[0]["input_ids"][0]) == (
+        "<s> user : <image> <image> <image> <image> what color is it ? Choose one of : red , "
+        "blue , green . Answer with the choice only . assistant :")
+    # channels of the picture, normalised
+    red, blue = (given["pixel_values"][0].mean((1, 2)) for given in inputs)
+    assert red[0] > 1 > red[2] and blue[2] > 1 > blue[0]
 
 
 def test_model_judge_leaves_the_prompt_out_of_the_answer(llava, monkeypatch):
-    judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
-    answer = judge.processor.tokenizer(" green.", add_special_tokens=False, return_tensors="pt").input_ids
-    monkeypatch.setattr(judge.model, "generate", lambda input_ids, **_: torch.cat([input_ids, answer, torch.tensor([[2]])], 1))
+    judge = ModelJudge(str(llava), nearest_text, "cpu")
+    answer = judge.processor.tokenizer(" green.", add_special_tokens=False, return_tensors="pt")
+    end = torch.tensor([[2]])
+
+    def generate(input_ids, **_):
+        return torch.cat([input_ids, answer.input_ids, end], 1)
+
+    monkeypatch.setattr(judge.model, "generate", generate)
     assert judge.answer(PICTURE, QUESTIONS[:1]) == ["green ."]
-    assert judge.right(["green ."], QUESTIONS[:1]) == [False]
+    assert judge.is_correct(["green ."], QUESTIONS[:1]) == [False]
 
 
 def test_model_judge_does_not_double_the_first_token(tmp_path, monkeypatch):
-    """Many chat templates (Llama 3.2, Gemma 3) write <s> themselves; the tokenizer must not add another."""
+    """Many chat templates (Llama 3.2, Gemma 3) write <s>; the tokenizer must not add another."""
     save_llava(tmp_path, "{{ bos_token }} " + TEMPLATE)
-    judge = evaluation.ModelJudge(str(tmp_path), nearest_text, "cpu")
-    seen = heard(judge, monkeypatch)
+    judge = ModelJudge(str(tmp_path), nearest_text, "cpu")
+    inputs = record_inputs(judge, monkeypatch)
     judge.answer(PICTURE, QUESTIONS[:1])
-    ids = seen[0]["input_ids"][0].tolist()
+    ids = inputs[0]["input_ids"][0].tolist()
     assert ids[0] == 1 and ids.count(1) == 1
 
 
-def test_model_judge_everything_right(llava):
-    judge = evaluation.ModelJudge(str(llava), nearest_text, "cpu")
-    assert judge.all_right(PICTURE, Record("a", "", ""), [True, True]) is True
-    assert judge.all_right(PICTURE, Record("a", "", ""), [True, False]) is False
+def test_model_judge_all_correct(llava):
+    judge = ModelJudge(str(llava), nearest_text, "cpu")
+    assert judge.all_correct(PICTURE, Record("a", "", ""), [True, True]) is True
+    assert judge.all_correct(PICTURE, Record("a", "", ""), [True, False]) is False
 
 
 def test_unknown_judge_is_one_line(tmp_path):
     with pytest.raises(InputError, match="nothing here") as error:
-        evaluation.ModelJudge(str(tmp_path / "nothing here"), nearest_text, "cpu")
+        ModelJudge(str(tmp_path / "nothing here"), nearest_text, "cpu")
     assert "\n" not in str(error.value)
 
 
 def save_blip(folder) -> None:
     """A BLIP VQA model with random weights, of the class that DPG-Bench's nearest judge has."""
-    words = "[PAD] [UNK] [CLS] [SEP] [DEC] [ENC] what color is it how many red ? yes no two blue".split()
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                        sep_token="[SEP]")
-    BlipProcessor(BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer).save_pretrained(folder)
+    words = word_tokenizer(BLIP_WORDS, "[UNK]", "[CLS] $A [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]",
+                                        unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    pixels = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    BlipProcessor(pixels, tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(vocab_size=len(words), bos_token_id=4, eos_token_id=3, sep_token_id=3, pad_token_id=0, encoder_hidden_size=16,
-                max_position_embeddings=64, **small)
-    config = BlipConfig(text_config=text, vision_config=dict(image_size=28, patch_size=14, **small), projection_dim=16)
+    text = dict(vocab_size=len(BLIP_WORDS), bos_token_id=4, eos_token_id=3, sep_token_id=3,
+                pad_token_id=0, encoder_hidden_size=16, max_position_embeddings=64, **SMALL)
+    vision = dict(image_size=28, patch_size=14, **SMALL)
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
     BlipForQuestionAnswering(config).save_pretrained(folder)
 
 
 def test_vqa_model_as_judge(tmp_path, monkeypatch):
     save_blip(tmp_path)
-    judge = evaluation.ModelJudge(str(tmp_path), nearest_text, "cpu")
-    seen = heard(judge, monkeypatch)
+    judge = ModelJudge(str(tmp_path), nearest_text, "cpu")
+    inputs = record_inputs(judge, monkeypatch)
     answers = judge.answer(PICTURE, QUESTIONS)
     assert judge.is_vqa and len(answers) == 3 and all(isinstance(a, str) for a in answers)
-    ids = seen[0]["input_ids"][0].tolist()
-    assert judge.processor.decode(ids) == "[CLS] what color is it ? [SEP]"  # the plain question, no choices
+    # the plain question, no choices
+    ids = inputs[0]["input_ids"][0].tolist()
+    assert judge.processor.decode(ids) == "[CLS] what color is it ? [SEP]"
     assert not any(word in " ".join(answers) for word in ("[CLS]", "[SEP]", "[PAD]"))
 
 
-# ---------------------------------------------------------------------------------------------- the toy world's oracle
+# -------------------------------------------------------------------------- the policy as its judge
 
-SINGLE = [c for c in world.CAPTIONS if world.parse(c).kind == "single"]
-PAIRS = [c for c in world.CAPTIONS if world.parse(c).kind == "pair"]
-COUNTS = [c for c in world.CAPTIONS if world.parse(c).kind == "count"]
-SCENES = SINGLE[::7] + PAIRS[::311] + COUNTS[::13]
+
+def test_self_judge_answers_about_the_picture():
+    """The same answers as about the picture's codes; marked by the matcher."""
+    model = tiny_model(seed=5)
+    codes = torch.arange(model.image_tokens)[None] % 32
+    picture = to_pil(model.decode_image(codes))[0]
+    judge = SelfJudge(model, nearest_text, 6)
+    answers = judge.answer(picture, QUESTIONS)
+    pixels = np.asarray(picture, dtype=np.float32) / 127.5 - 1  # (H, W, 3)
+    encoded = model.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    requests = [TextRequest(0, vqa_question(q)) for q in QUESTIONS]
+    expected = [model.decode_text(g.ids).strip() for g in model.generate_text(encoded, requests, 6)]
+    assert answers == expected
+    assert judge.is_correct(["It is BLUE.", "1", "no"], QUESTIONS) == [True, False, True]
+
+
+def test_load_judge(llava):
+    model = tiny_model()
+    assert isinstance(load_judge("toy", model, nearest_text, 6), ToyJudge)
+    assert isinstance(load_judge("self", model, nearest_text, 6), SelfJudge)
+    assert isinstance(load_judge(str(llava), model, nearest_text, 6), ModelJudge)
+
+
+# --------------------------------------------------------------------------- the toy world's oracle
+
+
+def captions_of(kind: str) -> list[str]:
+    return [c for c in world.CAPTIONS if world.parse(c).kind == kind]
+
+
+SCENES = captions_of("single")[::7] + captions_of("pair")[::311] + captions_of("count")[::13]
 
 
 def toy_record(caption: str) -> Record:
-    return Record(caption, "", caption, questions=[Question(**q) for q in world.questions(caption)])
+    questions = [Question(**q) for q in world.questions(caption)]
+    return Record(caption, "", caption, questions=questions)
 
 
-def judged(picture: Image.Image, record: Record) -> tuple[list[bool], bool]:
-    judge = evaluation.ToyJudge()
-    right = [a == q.answer for a, q in zip(judge.answer(picture, record.questions), record.questions, strict=True)]
-    return right, judge.all_right(picture, record, right)
+def toy_judgement(picture: Image.Image, record: Record) -> tuple[list[bool], bool]:
+    judge = ToyJudge()
+    answers = judge.answer(picture, record.questions)
+    correct = [a == q.answer for a, q in zip(answers, record.questions, strict=True)]
+    assert judge.is_correct(answers, record.questions) == correct
+    return correct, judge.all_correct(picture, record, correct)
+
+
+def toy_image(grid) -> Image.Image:
+    return Image.fromarray(world.render(grid))
 
 
 @pytest.mark.parametrize("caption", SCENES)
 def test_toy_judge(caption):
     """A correct drawing has every answer right; with one object of another type it has not."""
-    record, grid = toy_record(caption), world.scene(caption, np.random.default_rng(3))
-    right, everything = judged(Image.fromarray(world.render(grid)), record)
-    assert everything is True and right == [True] * len(record.questions) and len(right) >= 8
-    places = np.argwhere(grid != world.EMPTY)
-    for row, column in places:
+    record = toy_record(caption)
+    grid = world.scene(caption, np.random.default_rng(3))
+    correct, all_correct = toy_judgement(toy_image(grid), record)
+    assert all_correct is True and correct == [True] * len(record.questions) and len(correct) >= 8
+    for row, column in np.argwhere(grid != world.EMPTY):
         swapped = grid.copy()
         swapped[row, column] = next(t for t in range(len(world.TYPES)) if t not in grid)
-        right, everything = judged(Image.fromarray(world.render(swapped)), record)
-        assert everything is False and not all(right)
+        correct, all_correct = toy_judgement(toy_image(swapped), record)
+        assert all_correct is False and not all(correct)
+
+
+def all_correct_by_caption(drawn: str, captions: tuple[str, ...]) -> dict[str, bool]:
+    """A drawing of one caption, judged by each of several."""
+    picture = toy_image(world.scene(drawn, np.random.default_rng(0)))
+    return {c: toy_judgement(picture, toy_record(c))[1] for c in captions}
 
 
 def test_toy_judge_sees_order_and_number():
-    left, right, above = ("a big red ring left of a small blue cross", "a small blue cross left of a big red ring",
-                          "a big red ring above a small blue cross")
-    grid = world.scene(left, np.random.default_rng(0))
-    verdicts = {c: judged(Image.fromarray(world.render(grid)), toy_record(c))[1] for c in (left, right, above)}
-    assert verdicts == {left: True, right: False, above: False}
-    grid = world.scene("three big red rings", np.random.default_rng(0))
-    verdicts = {c: judged(Image.fromarray(world.render(grid)), toy_record(c))[1]
-                for c in ("two big red rings", "three big red rings", "four big red rings")}
-    assert list(verdicts.values()) == [False, True, False]
+    left = "a big red ring left of a small blue cross"
+    right = "a small blue cross left of a big red ring"
+    above = "a big red ring above a small blue cross"
+    assert all_correct_by_caption(left, (left, right, above)) == {
+        left: True, right: False, above: False}
+    two, three, four = (f"{n} big red rings" for n in ("two", "three", "four"))
+    assert all_correct_by_caption(three, (two, three, four)) == {
+        two: False, three: True, four: False}
 
 
 def test_toy_judge_on_noise():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    right, everything = judged(noise, toy_record("a big red ring"))
-    assert everything is False and sum(right) < len(right) / 2 + 1
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    correct, all_correct = toy_judgement(Image.fromarray(pixels), toy_record("a big red ring"))
+    assert all_correct is False and sum(correct) < len(correct) / 2 + 1
 
 
-def test_toy_judge_judges_what_was_to_be_drawn():
+def test_toy_judge_judges_the_prompt():
     """The prompt, where a record has one, and not the caption."""
     record = Record("a", "", "a small blue cross", "a big red ring")
-    picture = Image.fromarray(world.render(world.scene("a big red ring", np.random.default_rng(0))))
-    assert evaluation.ToyJudge().all_right(picture, record, [])
+    picture = toy_image(world.scene("a big red ring", np.random.default_rng(0)))
+    assert ToyJudge().all_correct(picture, record, [])
 
 
 def test_toy_judge_only_knows_toy_captions():
     with pytest.raises(InputError, match="'id7'.*a photo of a cat.*--judge self"):
-        evaluation.ToyJudge().all_right(PICTURE, Record("id7", "", "a photo of a cat"), [])
+        ToyJudge().all_correct(PICTURE, Record("id7", "", "a photo of a cat"), [])
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_bootstrap_by_hand():
     """Two records, 0 and 1: resampled means are 0, 0.5 and 1 with probability 1/4, 1/2, 1/4."""
-    assert evaluation.bootstrap(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)
-    assert evaluation.bootstrap(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
-    assert evaluation.bootstrap(np.array([0.75])) == (0.75, 0.75, 0.75)
+    assert metrics.bootstrap(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)
+    assert metrics.bootstrap(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
+    assert metrics.bootstrap(np.array([0.75])) == (0.75, 0.75, 0.75)
 
 
 def test_bootstrap_interval():
     values = np.random.default_rng(7).random(1600)
     widths = []
     for n in (25, 100, 400, 1600):
-        mean, low, high = evaluation.bootstrap(values[:n])
+        mean, low, high = metrics.bootstrap(values[:n])
         assert mean == float(values[:n].mean()) and low < mean < high
-        assert high - low == pytest.approx(2 * 1.96 * values[:n].std() / n**0.5, rel=0.06)  # the normal approximation
+        normal = 2 * 1.96 * values[:n].std() / n**0.5  # the normal approximation
+        assert high - low == pytest.approx(normal, rel=0.06)
         widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
-    assert evaluation.bootstrap(values[:25]) == evaluation.bootstrap(values[:25].copy())
-    assert evaluation.bootstrap(values[:25], seed=1) != evaluation.bootstrap(values[:25])
+    assert metrics.bootstrap(values[:25]) == metrics.bootstrap(values[:25].copy())
+    assert metrics.bootstrap(values[:25], seed=1) != metrics.bootstrap(values[:25])
 
 
-def verdict(id, und_right, gen_right, caption_score, all_right, text="a cat") -> Verdict:
-    return Verdict(id, "a.png", text, [], "said", caption_score, [], und_right, [], gen_right, all_right, [])
+def eval_record(id, und_right, gen_right, caption_score, all_right, text="a cat") -> EvalRecord:
+    return EvalRecord(id, "a.png", text, [], "a caption", caption_score, [], und_right, [],
+                      gen_right, all_right, [])
 
 
-T, F = True, False
-VERDICTS = [verdict("a", [T, T, T, F], [T, F, F, F], 0.5, F), verdict("b", [T, T], [T, T], 1.0, T),
-            verdict("c", [F], [T], 0.0, T, "a dog"), verdict("d", [T, F], [F, F], 0.5, F)]
+T = True
+F = False
+FOUR = [eval_record("a", [T, T, T, F], [T, F, F, F], 0.5, F),
+        eval_record("b", [T, T], [T, T], 1.0, T),
+        eval_record("c", [F], [T], 0.0, T, "a dog"),
+        eval_record("d", [T, F], [F, F], 0.5, F)]
 
 
 def test_metrics_are_means_over_records():
-    found = {name: values.tolist() for name, values in evaluation.per_record(VERDICTS).items()}
-    assert found == {"understanding": [0.75, 1.0, 0.0, 0.5], "generation": [0.25, 1.0, 1.0, 0.0],
-                     "gap": [0.5, 0.0, -1.0, 0.5], "caption score": [0.5, 1.0, 0.0, 0.5], "everything right": [0, 1, 1, 0]}
+    values = {name: v.tolist() for name, v in metrics.per_record(FOUR).items()}
+    assert values == {
+        "understanding": [0.75, 1.0, 0.0, 0.5],
+        "generation": [0.25, 1.0, 1.0, 0.0],
+        "gap": [0.5, 0.0, -1.0, 0.5],
+        "caption score": [0.5, 1.0, 0.0, 0.5],
+        "everything right": [0, 1, 1, 0],
+    }
 
 
 def test_evaluate():
-    metrics = evaluation.evaluate(VERDICTS)
-    assert (metrics["records"], metrics["different texts"]) == (4, 2)
-    assert {name: metrics[name]["mean"] for name in evaluation.METRICS} == {
-        "understanding": 0.5625, "caption score": 0.5, "generation": 0.5625, "everything right": 0.5, "gap": 0.0}
-    for name, values in evaluation.per_record(VERDICTS).items():
-        assert values.min() <= metrics[name]["low"] < metrics[name]["mean"] < metrics[name]["high"] <= values.max()
-    assert metrics["understanding"]["mean"] - metrics["generation"]["mean"] == metrics["gap"]["mean"]
+    result = metrics.evaluate(FOUR)
+    assert (result["records"], result["different texts"]) == (4, 2)
+    assert {name: result[name]["mean"] for name in metrics.METRICS} == {
+        "understanding": 0.5625, "caption score": 0.5, "generation": 0.5625,
+        "everything right": 0.5, "gap": 0.0}
+    for name, values in metrics.per_record(FOUR).items():
+        low, mean, high = (result[name][k] for k in ("low", "mean", "high"))
+        assert values.min() <= low < mean < high <= values.max()
+    assert result["understanding"]["mean"] - result["generation"]["mean"] == result["gap"]["mean"]
 
 
 def test_the_gap_is_paired():
     """Hard records are hard for both: the gap's interval comes from differences per record."""
-    both = [verdict(str(i), [i % 2 == 0, T], [i % 2 == 0, F], 0.0, F) for i in range(10)]
-    metrics = evaluation.evaluate(both)
-    assert metrics["gap"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert metrics["understanding"]["low"] < metrics["understanding"]["high"]
+    both = [eval_record(str(i), [i % 2 == 0, T], [i % 2 == 0, F], 0.0, F) for i in range(10)]
+    result = metrics.evaluate(both)
+    assert result["gap"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert result["understanding"]["low"] < result["understanding"]["high"]
 
 
 def test_table():
-    same = [verdict(i, [T, F], [T, F, F, F], 0.125, T) for i in "abc"]
-    lines = evaluation.table({"base": evaluation.evaluate(same), "round1": evaluation.evaluate(same[:1])}).split("\n")
-    cells = ["0.500 [0.500, 0.500]", "0.125 [0.125, 0.125]", "0.250 [0.250, 0.250]", "1.000 [1.000, 1.000]",
-             "0.250 [0.250, 0.250]"]
-    assert lines == ["| | understanding | caption score | generation | everything right | gap |",
-                     "|---|---|---|---|---|---|", f"| base | {' | '.join(cells)} |", f"| round1 | {' | '.join(cells)} |"]
+    same = [eval_record(i, [T, F], [T, F, F, F], 0.125, T) for i in "abc"]
+    evaluations = {"base": metrics.evaluate(same), "round1": metrics.evaluate(same[:1])}
+    cells = " | ".join(["0.500 [0.500, 0.500]", "0.125 [0.125, 0.125]", "0.250 [0.250, 0.250]",
+                        "1.000 [1.000, 1.000]", "0.250 [0.250, 0.250]"])
+    assert metrics.table(evaluations).split("\n") == [
+        "| | understanding | caption score | generation | everything right | gap |",
+        "|---|---|---|---|---|---|",
+        f"| base | {cells} |",
+        f"| round1 | {cells} |",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------ compare
 
 
 @pytest.fixture
 def finished(tmp_path):
     """Two finished evaluations of the same two records, side by side."""
-    Image.new("RGB", (64, 64), "blue").save(tmp_path / "real.png")
+    real = tmp_path / "real.png"
+    Image.new("RGB", (64, 64), "blue").save(real)
     for name, right in (("base", F), ("round1", T)):
-        verdicts = [verdict(id, [T], [right], 1.0, right) for id in ("a", "b")]
-        for v in verdicts:
-            v.image = str(tmp_path / "real.png")
-            path = tmp_path / name / "images" / f"{v.id}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), "red").save(path)
-        write_jsonl(tmp_path / name / "answers.jsonl", verdicts)
+        records = [eval_record(id, [T], [right], 1.0, right) for id in ("a", "b")]
+        images = tmp_path / name / "images"
+        images.mkdir(parents=True)
+        for r in records:
+            r.image = str(real)
+            Image.new("RGB", (64, 64), "red").save(images / f"{r.id}.png")
+        write_jsonl(tmp_path / name / "answers.jsonl", records)
     return tmp_path
 
 
-def compared(folder, names, show=12):
-    evaluation.compare(SimpleNamespace(compare=[folder / n for n in names], out=folder / "out", show=show))
-    return (folder / "out" / "table.md").read_text(), Image.open(folder / "out" / "comparison.png").convert("RGB")
+def compare(folder, names: list[str]):
+    """OUT/table.md and the colours of OUT/comparison.png."""
+    out = folder / "out"
+    main(evaluation, "--compare", *(folder / name for name in names), "--out", out)
+    picture = Image.open(out / "comparison.png").convert("RGB")
+    colors = {color for _, color in picture.getcolors(1 << 24)}
+    return (out / "table.md").read_text(), colors
 
 
 def test_compare(finished, capsys):
-    text, picture = compared(finished, ["base", "round1"])
-    base, after, difference = [line.split("|")[2:7] for line in text.split("\n") if line.startswith(("| base", "| round1"))]
-    always, never = " 1.000 [1.000, 1.000] ", " 0.000 [0.000, 0.000] "
-    assert base == [always, always, never, never, always] and after == [always, always, always, always, never]
-    up, same, down = " +1.000 [+1.000, +1.000] ", " +0.000 [+0.000, +0.000] ", " -1.000 [-1.000, -1.000] "
+    text, colors = compare(finished, ["base", "round1"])
+    rows = [line.split("|") for line in text.split("\n") if line.startswith(("| base", "| round1"))]
+    base, after, difference = (row[2:7] for row in rows)
+    always = " 1.000 [1.000, 1.000] "
+    never = " 0.000 [0.000, 0.000] "
+    assert base == [always, always, never, never, always]
+    assert after == [always, always, always, always, never]
+    up = " +1.000 [+1.000, +1.000] "
+    same = " +0.000 [+0.000, +0.000] "
+    down = " -1.000 [-1.000, -1.000] "
     assert difference == [same, same, up, up, down]
     assert text.startswith("2 records, ") and "Paired difference to base" in text
     assert text.strip() in capsys.readouterr().out
-    colors = {color for _, color in picture.getcolors(1 << 24)}
-    assert {(0, 0, 255), (255, 0, 0), (0x22, 0xAA, 0x22), (0xDD, 0x33, 0x33)} <= colors  # real, drawn, right, wrong
+    # real image, drawing, frames of right and wrong drawings
+    assert {(0, 0, 255), (255, 0, 0), (0x22, 0xAA, 0x22), (0xDD, 0x33, 0x33)} <= colors
 
 
 def test_compare_refuses_other_records(finished):
-    write_jsonl(finished / "round1" / "answers.jsonl", [verdict("a", [T], [T], 1.0, T)])
+    other = [eval_record("a", [T], [T], 1.0, T)]
+    write_jsonl(finished / "round1" / "answers.jsonl", other)
     with pytest.raises(InputError, match="round1.*other records"):
-        compared(finished, ["base", "round1"])
+        compare(finished, ["base", "round1"])
 
 
 def test_compare_without_an_evaluation(finished):
     with pytest.raises(InputError, match="answers.jsonl"):
-        compared(finished, ["base", "nothing"])
+        compare(finished, ["base", "nothing"])
 
 
 def test_compare_tells_folders_of_one_name_apart(finished):
@@ -336,5 +434,5 @@ def test_compare_tells_folders_of_one_name_apart(finished):
     other = finished / "other" / "base"
     other.parent.mkdir()
     shutil.copytree(finished / "round1", other)
-    text, _ = compared(finished, ["base", "other/base"])
+    text, _ = compare(finished, ["base", "other/base"])
     assert text.count(f"| {finished / 'base'} |") == 1 and text.count(f"| {other} |") == 2

@@ -1,4 +1,7 @@
-"""Checkpoints and images: every layout that can be read, what saving writes, and one clear line for whatever is broken."""
+"""Checkpoints and images: every layout that can be read, what saving writes, broken files.
+
+Whatever is broken gives one clear line.
+"""
 
 import dataclasses
 import json
@@ -14,16 +17,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
+import model as wrapper
 from conftest import GOLDEN
-from model import (InputError, Magvit, MagvitConfig, Segment, Tokens, answer_segment, build, fill, image_segment, load,
-                   load_image, phi_config, save)
+from hermesflow.checkpoints import load_weights, phi_config
+from hermesflow.files import InputError
+from hermesflow.magvit import Magvit, MagvitConfig
+from hermesflow.pictures import load_image
+from hermesflow.showo import Segment, Tokens, answer_segment, build_showo, image_segment
+from model import Model, load, save
+from tiny import tiny_model
 from toy import pretrain
 
-TEXT = "user assistant give a caption for this image big small red blue ring cross left of two three"
+TEXT = ("user assistant give a caption for this image big small red blue ring cross left of two "
+        "three")
 VQ = MagvitConfig(32, 4, (1, 1), (1, 1), (1, 1), (1, 1))  # 2 px per token, 16 codes
-PHI = dict(model_type="phi", hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-           num_key_value_heads=1, layer_norm_eps=1e-2, hidden_act="relu", max_position_embeddings=300,
-           partial_rotary_factor=0.75, rope_theta=50.0, vocab_size=99)  # nothing as in PhiConfig's defaults
+PHI = dict(  # nothing as in PhiConfig's defaults
+    model_type="phi", hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, layer_norm_eps=1e-2, hidden_act="relu",
+    max_position_embeddings=300, partial_rotary_factor=0.75, rope_theta=50.0, vocab_size=99)
 
 
 def error(call, *args, **named) -> str:
@@ -40,23 +51,28 @@ def word_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
 
 
 def random_weights(module) -> dict:
-    return {k: torch.randn(v.shape) * 0.3 if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    weights = {}
+    for name, value in module.state_dict().items():
+        random = value.is_floating_point()
+        weights[name] = torch.randn(value.shape) * 0.3 if random else value
+    return weights
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """A random Show-o and its image tokenizer, never saved."""
+def tiny() -> Model:
+    """A random model, never saved."""
     torch.manual_seed(0)
     tokenizer = word_tokenizer()
     text = len(tokenizer)
-    config = {"_class_name": "Showo", "w_clip_vit": False, "vocab_size": text + 10 + 16 + 1, "llm_vocab_size": text,
-              "llm_model_path": "somewhere/phi.json", "codebook_size": 16, "num_vq_tokens": 4, "mask_token_id": text + 26}
-    model = build(config, PhiConfig.from_dict(PHI), tokenizer)
-    fill(model, random_weights(model), "random")
-    model.showo.model.rotary_emb = PhiRotaryEmbedding(model.showo.config)
+    config = {"_class_name": "Showo", "w_clip_vit": False, "vocab_size": text + 10 + 16 + 1,
+              "llm_vocab_size": text, "llm_model_path": "somewhere/phi.json",
+              "codebook_size": 16, "num_vq_tokens": 4, "mask_token_id": text + 26}
+    net = build_showo(config, PhiConfig.from_dict(PHI), tokenizer)
+    load_weights(net, random_weights(net), "random")
+    net.showo.model.rotary_emb = PhiRotaryEmbedding(net.showo.config)
     vq = Magvit(VQ)
     vq.load_state_dict({**random_weights(vq), "quantize.embedding": vq.quantize.embedding})
-    return model.eval(), vq.eval()
+    return Model(net.eval(), vq.eval())
 
 
 def copy_of(weights: dict) -> dict:
@@ -64,98 +80,122 @@ def copy_of(weights: dict) -> dict:
 
 
 @torch.no_grad()
-def behaviour(model, vq) -> list[torch.Tensor]:
-    """Everything that weights and config decide: log-probabilities of text and image, codes and pixels of an image."""
+def behaviour(model: Model) -> list[torch.Tensor]:
+    """Everything that weights and config decide.
+
+    Log-probs of a text and of an image, codes and pixels of an image.
+    """
     tokens = model.tokens
-    look = [Segment(tokens.look([3, 15, 0, 7]), bidirectional=True),
-            answer_segment(tokens.ask("what is this?"), tokens.encode("a big red ring") + [tokens.eot])]
-    draw = [Segment(tokens.draw("two small blue ring")), image_segment(tokens, [1, 2, 3, 4], [True, False, True, True])]
+    answer = tokens.encode("a big red ring") + [tokens.eot]
+    text_row = [Segment(tokens.mmu_prompt([3, 15, 0, 7]), bidirectional=True),
+                answer_segment(tokens.text_prompt("what is this?"), answer)]
+    image_row = [Segment(tokens.t2i_prompt("two small blue ring")),
+                 image_segment(tokens, [1, 2, 3, 4], [True, False, True, True])]
     pixels = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
-    return [model.logprobs([look])[0], model.logprobs([draw])[0], vq.encode(pixels), vq.decode(torch.tensor([[0, 5, 10, 15]]))]
+    codes = torch.tensor([[0, 5, 10, 15]])
+    return [model.net.logps([text_row])[0], model.net.logps([image_row])[0],
+            model.vq.encode(pixels), model.vq.decode(codes)]
 
 
-def assert_same(loaded, original):
-    for ours, theirs in zip(loaded, original):
-        ours, theirs = ours.state_dict(), theirs.state_dict()
+def assert_same(loaded: Model, original: Model):
+    for name in ("net", "vq"):
+        ours = getattr(loaded, name).state_dict()
+        theirs = getattr(original, name).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    for ours, theirs in zip(behaviour(*loaded), behaviour(*original)):
+    for ours, theirs in zip(behaviour(loaded), behaviour(original)):
         torch.testing.assert_close(ours, theirs)
 
 
-# ------------------------------------------------------------------------------------------------- saving and loading
+# ------------------------------------------------------------------------------- saving and loading
 
 
 def test_save_and_load(tiny, tmp_path):
-    save(*tiny, tmp_path / "new" / "checkpoint")
-    model, vq = load(tmp_path / "new" / "checkpoint")
-    assert_same((model, vq), tiny)
-    assert {**model.config, "llm_model_path": "somewhere/phi.json"} == tiny[0].config
-    assert json.dumps(dataclasses.asdict(vq.config)) == json.dumps(dataclasses.asdict(VQ))
-    assert not model.training and not any(p.requires_grad for p in vq.parameters())
-    save(model, vq, tmp_path / "again")  # what was loaded can be saved: the next round does
+    save(tiny, tmp_path / "new" / "checkpoint")
+    model = load(tmp_path / "new" / "checkpoint")
+    assert_same(model, tiny)
+    assert {**model.net.config, "llm_model_path": "somewhere/phi.json"} == tiny.net.config
+    vq_config = dataclasses.asdict(model.vq.config)
+    assert json.dumps(vq_config) == json.dumps(dataclasses.asdict(VQ))
+    assert not model.net.training and not any(p.requires_grad for p in model.vq.parameters())
+    save(model, tmp_path / "again")  # what was loaded can be saved: the next round does
     assert_same(load(tmp_path / "again"), tiny)
 
 
 def test_save_replaces_the_old_checkpoint(tiny, tmp_path):
-    save(*tiny, tmp_path / "checkpoint")
+    save(tiny, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "left over").write_text("x")
-    other = {k: v + 1 if v.is_floating_point() else v for k, v in tiny[0].state_dict().items()}
-    save(*tiny, tmp_path / "checkpoint", other)  # the weights given, not the model's
+    other = {}
+    for name, value in tiny.net.state_dict().items():
+        other[name] = value + 1 if value.is_floating_point() else value
+    save(tiny, tmp_path / "checkpoint", other)  # the weights given, not the model's
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == [
         "config.json", "magvitv2", "phi_config.json", "pytorch_model.safetensors", "tokenizer"]
-    loaded = load(tmp_path / "checkpoint")[0].state_dict()
+    loaded = load(tmp_path / "checkpoint").net.state_dict()
     assert all(torch.equal(loaded[k], other[k]) for k in other)
 
 
 def test_saved_folder_is_what_the_original_reads(tiny, tmp_path):
-    save(*tiny, tmp_path)
+    save(tiny, tmp_path)
     weights = load_file(tmp_path / "pytorch_model.safetensors")
     assert all(k.startswith("showo.") for k in weights)
-    assert {"showo.model.embed_tokens.weight", "showo.model.layers.1.self_attn.q_layernorm.bias",
-            "showo.model.layers.0.mlp.fc2.weight", "showo.model.final_layernorm.weight", "showo.lm_head.bias"} <= weights.keys()
+    assert {"showo.model.embed_tokens.weight",
+            "showo.model.layers.1.self_attn.q_layernorm.bias",
+            "showo.model.layers.0.mlp.fc2.weight",
+            "showo.model.final_layernorm.weight",
+            "showo.lm_head.bias"} <= weights.keys()
     assert all(v.dtype == torch.float32 for v in weights.values())
-    config, text = json.loads((tmp_path / "config.json").read_text()), len(word_tokenizer())
-    wanted = dict(_class_name="Showo", w_clip_vit=False, vocab_size=text + 27, llm_vocab_size=text, codebook_size=16,
-                  num_vq_tokens=4, mask_token_id=text + 26)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = len(word_tokenizer())
+    wanted = dict(_class_name="Showo", w_clip_vit=False, vocab_size=text + 27,
+                  llm_vocab_size=text, codebook_size=16, num_vq_tokens=4, mask_token_id=text + 26)
     assert {k: config[k] for k in wanted} == wanted
     phi = json.loads((tmp_path / config["llm_model_path"]).read_text())
-    assert {k: phi[k] for k in PHI} == {**PHI, "vocab_size": text + 27} and phi["qk_layernorm"] is True
+    assert {k: phi[k] for k in PHI} == {**PHI, "vocab_size": text + 27}
+    assert phi["qk_layernorm"] is True
 
 
 def test_bfloat16_is_saved_in_full_precision(tiny, tmp_path):
-    save(*tiny, tmp_path / "one")
-    model, vq = load(tmp_path / "one", dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and vq.decoder.conv_in.weight.dtype == torch.float32
-    save(model, vq, tmp_path / "two")
+    save(tiny, tmp_path / "one")
+    model = load(tmp_path / "one", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.net.parameters()} == {torch.bfloat16}
+    assert model.vq.decoder.conv_in.weight.dtype == torch.float32
+    save(model, tmp_path / "two")
     saved = load_file(tmp_path / "two" / "pytorch_model.safetensors")
-    assert all(torch.equal(v, tiny[0].state_dict()[k].bfloat16().float()) for k, v in saved.items())
+    original = tiny.net.state_dict()
+    assert all(torch.equal(v, original[k].bfloat16().float()) for k, v in saved.items())
 
 
 def test_phi_1_5_needs_no_file(tmp_path):
     phi = phi_config(tmp_path, "microsoft/phi-1_5")
-    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, layer_norm_eps=1e-5,
-                 hidden_act="gelu_new", num_key_value_heads=32, max_position_embeddings=2048)
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+                 num_attention_heads=32, layer_norm_eps=1e-5, hidden_act="gelu_new",
+                 num_key_value_heads=32, max_position_embeddings=2048)
     assert {k: getattr(phi, k) for k in sizes} == sizes
-    assert (phi.rope_parameters["partial_rotary_factor"], phi.rope_parameters["rope_theta"]) == (0.5, 10000.0)
+    assert phi.rope_parameters["partial_rotary_factor"] == 0.5
+    assert phi.rope_parameters["rope_theta"] == 10000.0
 
 
-# --------------------------------------------------------------------------------------------------- published layout
+# --------------------------------------------------------------------------------- published layout
 
 
 @pytest.fixture
 def published(tiny, tmp_path):
-    """Show-o, image tokenizer and text tokenizer in three folders, as on the hub; the weights are not written yet."""
-    model, vq = tiny
-    folder = SimpleNamespace(showo=tmp_path / "showo", vq=tmp_path / "vq", text=tmp_path / "text", config=dict(model.config),
-                             weights=copy_of(model.state_dict()))
+    """Show-o, image tokenizer and text tokenizer in three folders, as on the hub.
+
+    The weights are not written yet.
+    """
+    folder = SimpleNamespace(showo=tmp_path / "showo", vq=tmp_path / "vq", text=tmp_path / "text",
+                             config=dict(tiny.net.config), weights=copy_of(tiny.net.state_dict()))
     folder.showo.mkdir()
     folder.vq.mkdir()
     (folder.showo / "config.json").write_text(json.dumps(folder.config))
-    (folder.showo / "phi.json").write_text(json.dumps({**PHI, "qk_layernorm": False}))  # the original forces it on
-    (folder.vq / "config.json").write_text(json.dumps({**dataclasses.asdict(VQ), "_class_name": "MAGVITv2"}))
-    torch.save(vq.state_dict(), folder.vq / "pytorch_model.bin")
+    phi = {**PHI, "qk_layernorm": False}  # the original forces it on
+    (folder.showo / "phi.json").write_text(json.dumps(phi))
+    vq_config = {**dataclasses.asdict(VQ), "_class_name": "MAGVITv2"}
+    (folder.vq / "config.json").write_text(json.dumps(vq_config))
+    torch.save(tiny.vq.state_dict(), folder.vq / "pytorch_model.bin")
     word_tokenizer().save_pretrained(folder.text)
     folder.load = lambda: load(str(folder.showo), str(folder.vq), str(folder.text))
 
@@ -166,22 +206,29 @@ def published(tiny, tmp_path):
     return folder
 
 
+def write_bin(folder, weights: dict, new_format: bool = True) -> None:
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+
+
 def write_sharded(folder, weights: dict, save_shard, end: str) -> None:
     names = sorted(weights)
-    shards = {f"part-{i}{end}": names[i::3] for i in range(3)}
-    for file, part in shards.items():
-        save_shard({k: weights[k] for k in part}, folder / file)
-    index = {"metadata": {}, "weight_map": {k: file for file, part in shards.items() for k in part}}
+    weight_map = {}
+    for i in range(3):
+        file = f"part-{i}{end}"
+        save_shard({k: weights[k] for k in names[i::3]}, folder / file)
+        weight_map |= dict.fromkeys(names[i::3], file)
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"pytorch_model{end}.index.json").write_text(json.dumps(index))
 
 
 WRITE = {
-    "bin": lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin"),
-    "old bin": lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "bin": write_bin,
+    "old bin": lambda folder, weights: write_bin(folder, weights, new_format=False),
     "safetensors": lambda folder, weights: save_file(weights, folder / "pytorch_model.safetensors"),
     "model.safetensors": lambda folder, weights: save_file(weights, folder / "model.safetensors"),
     "sharded bin": lambda folder, weights: write_sharded(folder, weights, torch.save, ".bin"),
-    "sharded safetensors": lambda folder, weights: write_sharded(folder, weights, save_file, ".safetensors"),
+    "sharded safetensors":
+        lambda folder, weights: write_sharded(folder, weights, save_file, ".safetensors"),
 }
 
 
@@ -191,26 +238,34 @@ def test_published_layouts(published, tiny, layout):
     assert_same(published.load(), tiny)
 
 
+def halved(weights: dict) -> dict:
+    return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+
+
 def test_half_precision_checkpoint_is_loaded_as_float32(published, tiny):
-    WRITE["bin"](published.showo, {k: v.half() for k, v in published.weights.items()})
-    WRITE["bin"](published.vq, {k: v.half() if v.is_floating_point() else v for k, v in tiny[1].state_dict().items()})
-    for loaded, original in zip(published.load(), tiny):
+    WRITE["bin"](published.showo, halved(published.weights))
+    WRITE["bin"](published.vq, halved(tiny.vq.state_dict()))
+    model = published.load()
+    for loaded, original in ((model.net, tiny.net), (model.vq, tiny.vq)):
+        loaded = loaded.state_dict()
         for k, v in original.state_dict().items():
             rounded = v.half().float() if v.is_floating_point() else v
-            torch.testing.assert_close(loaded.state_dict()[k], rounded, rtol=0, atol=0)  # equal, and of the same type
+            # equal, and of the same type
+            torch.testing.assert_close(loaded[k], rounded, rtol=0, atol=0)
 
 
 def test_flags_come_before_the_checkpoints_own_tokenizers(published, tiny, tmp_path):
-    save(*tiny, tmp_path / "checkpoint")
+    save(tiny, tmp_path / "checkpoint")
     other = Magvit(VQ)
     torch.save(other.state_dict(), published.vq / "pytorch_model.bin")
-    _, vq = load(tmp_path / "checkpoint", image_tokenizer=str(published.vq))
-    assert torch.equal(vq.encoder.conv_in.weight, other.encoder.conv_in.weight)
+    model = load(tmp_path / "checkpoint", image_tokenizer=str(published.vq))
+    assert torch.equal(model.vq.encoder.conv_in.weight, other.encoder.conv_in.weight)
     word_tokenizer(TEXT + " more").save_pretrained(published.text)
-    assert "llm_vocab_size" in error(load, tmp_path / "checkpoint", text_tokenizer=str(published.text))
+    message = error(load, tmp_path / "checkpoint", text_tokenizer=str(published.text))
+    assert "llm_vocab_size" in message
 
 
-# ------------------------------------------------------------------------------------------------- broken checkpoints
+# ------------------------------------------------------------------------------- broken checkpoints
 
 
 def broken(published, layout: str, change) -> str:
@@ -230,17 +285,20 @@ def test_parameters_that_do_not_fit(published, layout):
     message = broken(published, layout, change)
     assert str(published.showo) in message
     assert "missing: showo.lm_head.bias;" in message and "unexpected: showo.extra;" in message
-    assert "wrong shape: showo.model.layers.0.mlp.fc1.weight (16, 24) instead of (24, 16)" in message
+    shapes = "showo.model.layers.0.mlp.fc1.weight (16, 24) instead of (24, 16)"
+    assert f"wrong shape: {shapes}" in message
 
 
 def test_checkpoint_of_another_program(published):
     """All names differ: the message stays readable."""
-    WRITE["bin"](published.showo, {k.removeprefix("showo."): v for k, v in published.weights.items()})
+    weights = {k.removeprefix("showo."): v for k, v in published.weights.items()}
+    WRITE["bin"](published.showo, weights)
     message = error(published.load)
     assert f"and {len(published.weights) - 8} more" in message and len(message) < 2000
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, {"a": 1}, [torch.zeros(1)], torch.zeros(1), "text"])
+@pytest.mark.parametrize("content", [
+    {"state_dict": {}}, {"a": 1}, [torch.zeros(1)], torch.zeros(1), "text"])
 def test_bin_that_is_no_dictionary_of_tensors(published, content):
     torch.save(content, published.showo / "pytorch_model.bin")
     assert str(published.showo) in error(published.load)
@@ -276,8 +334,8 @@ def test_code_in_a_bin_file_does_not_run(published, tmp_path):
     pickle.loads(pickle.dumps(Code(tmp_path / "proof"))).close()
     assert (tmp_path / "proof").exists()  # the pickle is armed
     for old in (True, False):
-        torch.save({**published.weights, "x": Code(tmp_path / "created")}, published.showo / "pytorch_model.bin",
-                   _use_new_zipfile_serialization=not old)
+        weights = {**published.weights, "x": Code(tmp_path / "created")}
+        write_bin(published.showo, weights, new_format=not old)
         assert "pytorch_model.bin" in error(published.load)
         assert not (tmp_path / "created").exists()
 
@@ -286,11 +344,13 @@ def test_shard_is_missing(published):
     WRITE["sharded bin"](published.showo, published.weights)
     (published.showo / "part-1.bin").unlink()
     message = error(published.load)
-    assert "pytorch_model.bin.index.json" in message and "weight_map" in message and "part-1.bin" in message
+    for part in ("pytorch_model.bin.index.json", "weight_map", "part-1.bin"):
+        assert part in message
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}',
-                                   '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize("index", [
+    "{}", "[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}',
+    '{"weight_map": {"a": ["b"]}}'])
 def test_broken_shard_index(published, index):
     (published.showo / "pytorch_model.bin.index.json").write_text(index)
     assert "pytorch_model.bin.index.json" in error(published.load)
@@ -298,7 +358,8 @@ def test_broken_shard_index(published, index):
 
 def test_no_weights(published):
     message = error(published.load)
-    assert str(published.showo) in message and "pytorch_model.bin" in message and "pytorch_model.safetensors" in message
+    for part in (str(published.showo), "pytorch_model.bin", "pytorch_model.safetensors"):
+        assert part in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"vocab_size": NaN}'])
@@ -312,9 +373,16 @@ def test_no_config(published):
     assert error(published.load) == f"{published.showo}: config.json is missing"
 
 
-@pytest.mark.parametrize("name, value", [("vocab_size", None), ("llm_vocab_size", "20"), ("codebook_size", 16.0),
-                                         ("num_vq_tokens", True), ("vocab_size", 58498), ("mask_token_id", 3),
-                                         ("llm_model_path", 3), ("llm_model_path", None)])
+@pytest.mark.parametrize("name, value", [
+    ("vocab_size", None),
+    ("llm_vocab_size", "20"),
+    ("codebook_size", 16.0),
+    ("num_vq_tokens", True),
+    ("vocab_size", 58498),
+    ("mask_token_id", 3),
+    ("llm_model_path", 3),
+    ("llm_model_path", None),
+])
 def test_wrong_config_field(published, name, value):
     WRITE["bin"](published.showo, published.weights)
     published.change(**{name: value})
@@ -364,12 +432,14 @@ def test_image_tokenizer_with_other_codes(published):
 
 def test_image_tokenizer_that_does_not_fit_its_config(published):
     WRITE["bin"](published.showo, published.weights)
-    torch.save(Magvit(dataclasses.replace(VQ, decoder_blocks=(1, 2))).state_dict(), published.vq / "pytorch_model.bin")
+    other = Magvit(dataclasses.replace(VQ, decoder_blocks=(1, 2)))
+    torch.save(other.state_dict(), published.vq / "pytorch_model.bin")
     message = error(published.load)
     assert str(published.vq) in message and "unexpected: decoder.up.1.block.1." in message
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-checkpoint", "not/a/repository/id", "no such folder"])
+@pytest.mark.parametrize("name", [
+    "nobody/no-such-checkpoint", "not/a/repository/id", "no such folder"])
 def test_unreachable_checkpoint(monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it was read at import
@@ -377,7 +447,7 @@ def test_unreachable_checkpoint(monkeypatch, name):
     assert name in message and "hub" in message
 
 
-# --------------------------------------------------------------------------------------------------- text stays text
+# ---------------------------------------------------------------------------------- text stays text
 
 
 @pytest.fixture(scope="module", params=["words", "phi-1_5", "saved words"])
@@ -398,15 +468,16 @@ def test_special_words_in_a_caption_are_text(tokens, name):
     ids = tokens.encode(text)
     assert ids and all(0 <= i < tokens.text_size for i in ids)
     assert tokens.sot not in ids and tokens.eot not in ids
-    assert tokens.draw(text) == [tokens.t2i, tokens.sot, *ids, tokens.eot]
-    assert tokens.ask(text).count(tokens.sot) == 1
+    assert tokens.t2i_prompt(text) == [tokens.t2i, tokens.sot, *ids, tokens.eot]
+    assert tokens.text_prompt(text).count(tokens.sot) == 1
 
 
 def test_words_come_back(tokens):
-    assert tokens.decode([*tokens.encode("a big red ring"), tokens.soi, tokens.mask, tokens.eot]) == "a big red ring"
+    ids = [*tokens.encode("a big red ring"), tokens.soi, tokens.mask, tokens.eot]
+    assert tokens.decode(ids) == "a big red ring"
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def one_color(pixels: torch.Tensor) -> list[float]:
@@ -416,9 +487,14 @@ def one_color(pixels: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("mode, color, rgb", [
-    ("RGB", (10, 20, 30), (10, 20, 30)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("L", 77, (77, 77, 77)),
-    ("LA", (77, 255), (77, 77, 77)), ("1", 1, (255, 255, 255)), ("I;16", 128 * 257, (128, 128, 128)),
-    ("I;16", 0xFFFF, (255, 255, 255)), ("I;16", 300, (1, 1, 1)),
+    ("RGB", (10, 20, 30), (10, 20, 30)),
+    ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+    ("L", 77, (77, 77, 77)),
+    ("LA", (77, 255), (77, 77, 77)),
+    ("1", 1, (255, 255, 255)),
+    ("I;16", 128 * 257, (128, 128, 128)),
+    ("I;16", 0xFFFF, (255, 255, 255)),
+    ("I;16", 300, (1, 1, 1)),
 ])
 @pytest.mark.parametrize("size", [(1, 1), (40, 16), (7, 33)])
 def test_image_modes(tmp_path, mode, color, rgb, size):
@@ -432,14 +508,22 @@ def test_cmyk_and_palette_images(tmp_path):
     Image.new("CMYK", (20, 30), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg", quality=100)
     assert one_color(load_image(tmp_path / "cyan.jpg", 8)) == pytest.approx([0, 255, 255], abs=3)
     Image.new("RGB", (20, 30), (200, 100, 50)).quantize().save(tmp_path / "palette.gif")
-    assert one_color(load_image(tmp_path / "palette.gif", 8)) == pytest.approx([200, 100, 50], abs=3)
+    palette = one_color(load_image(tmp_path / "palette.gif", 8))
+    assert palette == pytest.approx([200, 100, 50], abs=3)
 
 
-@pytest.mark.parametrize("orientation, top, bottom", [(1, "red", "red"), (3, "blue", "blue"), (6, "red", "blue"),
-                                                      (8, "blue", "red")])
+@pytest.mark.parametrize("orientation, top, bottom", [
+    (1, "red", "red"),
+    (3, "blue", "blue"),
+    (6, "red", "blue"),
+    (8, "blue", "red"),
+])
 @pytest.mark.parametrize("end", ["png", "jpg"])
 def test_photos_are_turned_upright(tmp_path, orientation, top, bottom, end):
-    """The file holds red on the left and blue on the right; orientation 6 means: turn it by 90° clockwise."""
+    """The file holds red on the left and blue on the right.
+
+    Orientation 6 means: turn it by 90° clockwise.
+    """
     image = Image.new("RGB", (32, 32), "red")
     image.paste("blue", (16, 0, 32, 32))
     exif = Image.Exif()
@@ -472,10 +556,105 @@ def test_truncated_images(tmp_path, end, keep):
     assert str(path) in error(load_image, path, 16)
 
 
-@pytest.mark.parametrize("name, content", [("missing.png", None), ("text.png", b"hello"), ("folder", "folder")])
+@pytest.mark.parametrize("name, content", [
+    ("missing.png", None),
+    ("text.png", b"hello"),
+    ("folder", "folder"),
+])
 def test_no_images(tmp_path, name, content):
     if content == "folder":
         (tmp_path / name).mkdir()
     elif content is not None:
         (tmp_path / name).write_bytes(content)
     assert str(tmp_path / name) in error(load_image, tmp_path / name, 16)
+
+
+# --------------------------------------------------------------------- the image tokenizer in parts
+
+
+@pytest.mark.parametrize("pixels_at_once, sizes", [
+    (1, [1, 1, 1, 1, 1]),  # less than one image
+    (2 * 64 * 64, [2, 2, 1]),
+    (1000 * 64 * 64, [5]),
+])
+def test_images_are_encoded_and_decoded_in_parts(monkeypatch, pixels_at_once, sizes):
+    """A limit on memory, which changes no result."""
+    model = tiny_model()  # its images have 64 x 64 pixels
+    pixels = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = model.encode_image(pixels)
+    decoded = model.decode_image(codes)
+    torch.testing.assert_close(codes, model.vq.encode(pixels))
+    torch.testing.assert_close(decoded, model.vq.decode(codes))
+    assert codes.shape == (5, model.image_tokens) and len(codes.unique()) > 1
+    assert decoded.shape == pixels.shape
+
+    seen = {"encode": [], "decode": []}
+    for name in seen:
+        def recorded(images, name=name, original=getattr(model.vq, name)):
+            seen[name].append(len(images))
+            return original(images)
+
+        monkeypatch.setattr(model.vq, name, recorded)
+    monkeypatch.setattr(wrapper, "PIXELS_AT_ONCE", pixels_at_once)
+    torch.testing.assert_close(model.encode_image(pixels), codes)
+    torch.testing.assert_close(model.decode_image(codes), decoded)
+    assert seen == {"encode": sizes, "decode": sizes}
+
+
+# -------------------------------------------------------------------------------- what fits a model
+
+
+@pytest.fixture(scope="module")
+def sized() -> Model:
+    """16 image tokens, 32 codes, 256 positions."""
+    return tiny_model()
+
+
+def codes_with(value: int, shape=(16,)) -> torch.Tensor:
+    codes = torch.zeros(shape, dtype=torch.int32)
+    codes[..., 3] = value
+    return codes
+
+
+@pytest.mark.parametrize("codes", [
+    codes_with(0),
+    codes_with(31),
+    codes_with(31, (2, 16)),
+    codes_with(31, (2, 3, 16)),
+])
+def test_codes_that_fit(sized, codes):
+    sized.check_codes(codes, "here")
+
+
+@pytest.mark.parametrize("codes", [
+    codes_with(-1),  # MASKED is no code
+    codes_with(32),
+    codes_with(32, (2, 16)),
+    codes_with(0, (15,)),
+    codes_with(0, (17,)),
+    codes_with(0, (16, 4)),
+    torch.tensor(0),
+    torch.tensor([]),
+    torch.zeros(0, 16),
+])
+def test_codes_that_do_not_fit(sized, codes):
+    message = error(sized.check_codes, codes, "file: id 'a' images")
+    assert message.startswith("file: id 'a' images should be 16 codes below 32")
+
+
+def test_text_ids(sized):
+    size = sized.tokens.vocab_size
+    for ids in ([], [0], [0, size - 1]):
+        sized.check_text_ids(torch.tensor(ids), "here")
+    for ids in ([-1], [size], [0, size, 0]):
+        message = error(sized.check_text_ids, torch.tensor(ids), "file: id 'a' captions")
+        assert message.startswith("file: id 'a' captions: ") and "vocabulary" in message
+
+
+def test_prompt_that_does_not_fit_behind_an_image(sized):
+    room = 256 - 16 - 3  # of <|mmu|>, <|soi|> and <|eoi|>
+    words = room - 3  # of <|sot|>, USER and ASSISTANT
+    assert len(sized.tokens.text_prompt("ring " * words)) == room
+    sized.check_prompt("ring " * words, "here")
+    message = error(sized.check_prompt, "ring " * (words + 1), "id 'a': field 'questions'")
+    assert message == f"id 'a': field 'questions' does not fit into {room} tokens"

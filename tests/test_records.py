@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import model
-from conftest import ROOT, stage
-from model import (InputError, Pair, Question, Record, Sample, Score, atomic, load_image, map_records,
-                   read_jsonl, read_records, write_jsonl)
-
-Verdict = stage("04_eval").Verdict
+from conftest import ROOT
+from evals.metrics import EvalRecord
+from hermesflow.files import InputError, atomic
+from hermesflow.pictures import load_image
+from hermesflow.records import (Pair, Question, Record, Sample, Score, read_jsonl, read_records,
+                                write_jsonl)
+from hermesflow.runs import map_records, prepare_output
 
 
 def error(call, *args) -> str:
@@ -25,17 +26,22 @@ def error(call, *args) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------ round trips
+# -------------------------------------------------------------------------------------- round trips
 
-ODD = "tab\tquote\"back\\slash, new\nline, \u2028 line separator, \x85, \r\n, {brace}, 日本語 🙂 é"
-QUESTIONS = [Question("what color?", ["red", "blue, dark"], "red", "color"), Question(ODD, [ODD], ODD)]
+ODD = ("tab\tquote\"back\\slash, new\nline, \u2028 line separator, \x85, \r\n, {brace}, "
+       "日本語 🙂 é")
+QUESTIONS = [Question("what color?", ["red", "blue, dark"], "red", "color"),
+             Question(ODD, [ODD], ODD)]
 RECORDS = {
     Record: [Record("0", "a.png", "a cat"), Record("ü 1", "b c.png", ODD, ODD, QUESTIONS)],
-    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]), Sample("b", "b.png", "c")],
+    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]),
+             Sample("b", "b.png", "c")],
     Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]]),
             Score("b", [], [], [], [], "no questions")],
-    Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30, [3], [4], 1.0, -0.5, [ODD], [])],
-    Verdict: [Verdict("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False], ["x", ""], [False, False], True, [7])],
+    Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30,
+                [3], [4], 1.0, -0.5, [ODD], [])],
+    EvalRecord: [EvalRecord("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False],
+                            ["x", ""], [False, False], True, [7])],
 }
 
 
@@ -50,44 +56,60 @@ def test_round_trip(tmp_path, kind):
 
 def test_whole_numbers_are_fine_as_scores(tmp_path):
     path = tmp_path / "scores.jsonl"
-    path.write_text('{"id": "a", "questions": [], "caption_scores": [1, 0], "image_scores": [], "answers": []}')
+    path.write_text('{"id": "a", "questions": [], "caption_scores": [1, 0], "image_scores": [], '
+                    '"answers": []}')
     scores = read_jsonl(path, Score)[0].caption_scores
     assert scores == [1.0, 0.0] and all(type(s) is float for s in scores)
 
 
-@pytest.mark.parametrize("before, end", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n"),
-                                         (b"\n\n", b"\n \n")])
+@pytest.mark.parametrize("before, end", [
+    (b"\xef\xbb\xbf", b"\n"),
+    (b"", b"\r\n"),
+    (b"\xef\xbb\xbf", b"\r\n"),
+    (b"\n\n", b"\n \n"),
+])
 def test_byte_order_mark_crlf_and_blank_lines(tmp_path, before, end):
     path = tmp_path / "records.jsonl"
-    lines = [json.dumps({"id": i, "image": "é.png", "caption": "x y"}, ensure_ascii=False).encode() for i in "ab"]
+    records = [{"id": i, "image": "é.png", "caption": "x y"} for i in "ab"]
+    lines = [json.dumps(r, ensure_ascii=False).encode() for r in records]
     path.write_bytes(before + end.join(lines) + end)
     assert read_jsonl(path, Record) == [Record("a", "é.png", "x y"), Record("b", "é.png", "x y")]
 
 
-# ---------------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 GOOD = '{"id": "a", "image": "a.png", "caption": "c"}'
 BAD_LINES = {  # name: (kind, second line, what the message must say)
     "malformed": (Record, '{"id": "b", "image": ', ["line 2", "not valid JSON"]),
-    "trailing comma": (Record, '{"id": "b", "image": "b.png", "caption": "c",}', ["line 2", "not valid JSON"]),
+    "trailing comma": (Record, '{"id": "b", "image": "b.png", "caption": "c",}',
+                       ["line 2", "not valid JSON"]),
     "no object": (Record, '["b"]', ["line 2", "list"]),
     "null": (Record, "null", ["line 2"]),
     "deep": (Record, "[" * 100_000, ["line 2", "not valid JSON"]),
-    "wrong type": (Record, '{"id": "b", "image": "b.png", "caption": 3}', ["line 2", "'caption'", "str", "3"]),
-    "null field": (Record, '{"id": "b", "image": null, "caption": "c"}', ["line 2", "'image'", "null"]),
-    "number as id": (Record, '{"id": 7, "image": "b.png", "caption": "c"}', ["line 2", "'id'", "7"]),
-    "text as list": (Sample, '{"id": "b", "image": "b", "caption": "c", "captions": "one"}', ["line 2", "'captions'", "list"]),
+    "wrong type": (Record, '{"id": "b", "image": "b.png", "caption": 3}',
+                   ["line 2", "'caption'", "str", "3"]),
+    "null field": (Record, '{"id": "b", "image": null, "caption": "c"}',
+                   ["line 2", "'image'", "null"]),
+    "number as id": (Record, '{"id": 7, "image": "b.png", "caption": "c"}',
+                     ["line 2", "'id'", "7"]),
+    "text as list": (Sample, '{"id": "b", "image": "b", "caption": "c", "captions": "one"}',
+                     ["line 2", "'captions'", "list"]),
     "missing field": (Record, '{"id": "b", "caption": "c"}', ["line 2", "'image'", "missing"]),
-    "in a question": (Record, '{"id": "b", "image": "b", "caption": "c", "questions": [{"question": "q", "choices": ["x", 2], '
-                              '"answer": "x"}]}', ["line 2", "'questions'", "'choices'", "2"]),
-    "missing in a question": (Record, '{"id": "b", "image": "b", "caption": "c", "questions": [{"question": "q"}]}',
+    "in a question": (Record, '{"id": "b", "image": "b", "caption": "c", "questions": '
+                              '[{"question": "q", "choices": ["x", 2], "answer": "x"}]}',
+                      ["line 2", "'questions'", "'choices'", "2"]),
+    "missing in a question": (Record, '{"id": "b", "image": "b", "caption": "c", '
+                                      '"questions": [{"question": "q"}]}',
                               ["line 2", "'questions'", "'choices'", "missing"]),
-    "lone surrogate": (Record, '{"id": "b", "image": "b", "caption": "\\ud83d"}', ["line 2", "'caption'"]),
+    "lone surrogate": (Record, '{"id": "b", "image": "b", "caption": "\\ud83d"}',
+                       ["line 2", "'caption'"]),
 }
 SCORE = '{"id": "b", "questions": [], "caption_scores": [%s], "image_scores": [], "answers": []}'
+NO_SCORES = {"too large": "1e999", "huge whole number": "1" + "0" * 400, "true": "true",
+             "text": '"1.0"'}
 for number in ("NaN", "Infinity", "-Infinity"):
     BAD_LINES[number] = Score, SCORE % number, ["line 2", number]
-for name, number in {"too large": "1e999", "huge whole number": "1" + "0" * 400, "true": "true", "text": '"1.0"'}.items():
+for name, number in NO_SCORES.items():
     BAD_LINES[name] = Score, SCORE % number, ["line 2", "'caption_scores'"]
 
 
@@ -103,16 +125,22 @@ def test_bad_line(tmp_path, name):
 def test_true_is_no_code(tmp_path):
     path = tmp_path / "pairs.jsonl"
     write_jsonl(path, RECORDS[Pair])
-    path.write_text(path.read_text().replace('"win_image_codes": [3]', '"win_image_codes": [true]'))
+    text = path.read_text()
+    path.write_text(text.replace('"win_image_codes": [3]', '"win_image_codes": [true]'))
     message = error(read_jsonl, path, Pair)
     assert "line 1" in message and "'win_image_codes'" in message
 
 
 @pytest.mark.parametrize("content, part", [
-    (None, "No such file"), (b"", "no records"), (b"\n \n", "no records"), (b"\xef\xbb\xbf", "no records"),
-    (GOOD.encode() + b"\n\xff\xfe", "UTF-8"), (GOOD.encode("utf-16"), "UTF-8"),
+    (None, "No such file"),
+    (b"", "no records"),
+    (b"\n \n", "no records"),
+    (b"\xef\xbb\xbf", "no records"),
+    (GOOD.encode() + b"\n\xff\xfe", "UTF-8"),
+    (GOOD.encode("utf-16"), "UTF-8"),
 ])
-@pytest.mark.parametrize("read", [read_records, lambda path: read_jsonl(path, Record)], ids=["records", "jsonl"])
+@pytest.mark.parametrize("read", [read_records, lambda path: read_jsonl(path, Record)],
+                         ids=["records", "jsonl"])
 def test_bad_file(tmp_path, content, part, read):
     path = tmp_path / "bad.jsonl"
     if content is not None:
@@ -125,14 +153,16 @@ def test_folder_instead_of_a_file(tmp_path):
     assert str(tmp_path) in error(lambda: read_jsonl(tmp_path, Record))
 
 
-HOSTILE = ["", ".", "..", "../x", "a/b", "/etc/passwd", "..\\x", "a\0b", "line\nbreak", "x" * 300, "é" * 200]
+HOSTILE = ["", ".", "..", "../x", "a/b", "/etc/passwd", "..\\x", "a\0b", "line\nbreak", "x" * 300,
+           "é" * 200]
 
 
 @pytest.mark.parametrize("id", HOSTILE, ids=[ascii(i)[:16] for i in HOSTILE])
 def test_hostile_ids(tmp_path, id):
-    """An id becomes part of a file name: it must not leave the folder, and the name must not be too long."""
+    """An id becomes part of a file name: it must not leave the folder, nor be too long."""
     path = tmp_path / "records.jsonl"
-    path.write_text(f'{GOOD}\n{json.dumps({"id": id, "image": "b.png", "caption": "c"})}\n')
+    line = json.dumps({"id": id, "image": "b.png", "caption": "c"})
+    path.write_text(f"{GOOD}\n{line}\n")
     message = error(read_records, path)
     assert all(part in message for part in [str(path), "line 2", "'id'"]), message
 
@@ -149,7 +179,9 @@ def test_ordinary_ids_are_fine(tmp_path):
 
 def test_the_same_id_twice(tmp_path):
     path = tmp_path / "records.jsonl"
-    path.write_text("\n".join([GOOD, GOOD.replace('"a"', '"b"'), GOOD.replace("a.png", "other.png")]))
+    other_id = GOOD.replace('"a"', '"b"')
+    other_image = GOOD.replace("a.png", "other.png")
+    path.write_text("\n".join([GOOD, other_id, other_image]))
     message = error(read_records, path)
     assert all(part in message for part in [str(path), "line 3", "'id'", "'a'", "twice"]), message
 
@@ -162,21 +194,28 @@ def test_an_impossible_image_path_is_no_crash(tmp_path):
             load_image(read_records(tmp_path / "records.jsonl")[0].image, 16)
 
 
-# --------------------------------------------------------------------------------------------- the original's formats
+# --------------------------------------------------------------------------- the original's formats
 
 
 @pytest.fixture
 def original(tmp_path):
-    """initial_data.json and vqa_data.json as the original writes them; questions in another order than the records."""
-    records = [{"id": 7, "img_path": "images/7.jpg", "prompt": "a cat, 4k", "caption": "A cat.", "split": "train"},
-               {"id": "x9", "img_path": "images/9.jpg", "prompt": "", "caption": "A dog.", "score": 0.5},
-               {"id": 10, "img_path": "images/10.jpg", "prompt": "a fox", "caption": "A fox."}]
+    """initial_data.json and vqa_data.json as the original writes them.
 
-    def asked(id, text):
-        return {"caption": "c", "element": "cat", "question": text, "choices": ["yes", "no"], "answer": "yes", "id": id,
-                "img_path": "elsewhere.jpg", "prompt": "other"}
+    The questions are in another order than the records.
+    """
+    records = [
+        {"id": 7, "img_path": "images/7.jpg", "prompt": "a cat, 4k", "caption": "A cat.",
+         "split": "train"},
+        {"id": "x9", "img_path": "images/9.jpg", "prompt": "", "caption": "A dog.", "score": 0.5},
+        {"id": 10, "img_path": "images/10.jpg", "prompt": "a fox", "caption": "A fox."},
+    ]
 
-    questions = [asked("x9", "dog?"), asked(10, "fox?"), asked(7, "cat?"), asked("x9", "one dog?"), asked("7", "furry?")]
+    def question(id, text):
+        return {"caption": "c", "element": "cat", "question": text, "choices": ["yes", "no"],
+                "answer": "yes", "id": id, "img_path": "elsewhere.jpg", "prompt": "other"}
+
+    questions = [question("x9", "dog?"), question(10, "fox?"), question(7, "cat?"),
+                 question("x9", "one dog?"), question("7", "furry?")]
 
     def write(records=records, questions=questions):
         paths = tmp_path / "initial_data.json", tmp_path / "vqa_data.json"
@@ -188,36 +227,51 @@ def original(tmp_path):
 
 
 def test_original_formats(original):
-    def asked(text):
+    def question(text):
         return Question(text, ["yes", "no"], "yes", "cat")
 
+    folder = original.folder
     assert read_records(*original.write()) == [
-        Record("7", str(original.folder / "images/7.jpg"), "A cat.", "a cat, 4k", [asked("cat?"), asked("furry?")]),
-        Record("x9", str(original.folder / "images/9.jpg"), "A dog.", "", [asked("dog?"), asked("one dog?")]),
-        Record("10", str(original.folder / "images/10.jpg"), "A fox.", "a fox", [asked("fox?")])]
+        Record("7", str(folder / "images/7.jpg"), "A cat.", "a cat, 4k",
+               [question("cat?"), question("furry?")]),
+        Record("x9", str(folder / "images/9.jpg"), "A dog.", "",
+               [question("dog?"), question("one dog?")]),
+        Record("10", str(folder / "images/10.jpg"), "A fox.", "a fox", [question("fox?")]),
+    ]
 
 
 def test_drawing_text_is_the_prompt_or_else_the_caption(original):
-    assert [r.drawing_text for r in read_records(*original.write())] == ["a cat, 4k", "A dog.", "a fox"]
+    texts = [r.drawing_text for r in read_records(*original.write())]
+    assert texts == ["a cat, 4k", "A dog.", "a fox"]
 
 
 def test_questions_join_our_own_records_too(original):
     path = original.folder / "records.jsonl"
-    write_jsonl(path, [Record("10", "a.png", "c", questions=[QUESTIONS[0]]), Record("7", "b.png", "c"),
-                       Record("x9", "b.png", "c")])
-    asked = {r.id: [q.question for q in r.questions] for r in read_records(path, original.write()[1])}
-    assert asked == {"10": ["what color?", "fox?"], "7": ["cat?", "furry?"], "x9": ["dog?", "one dog?"]}
+    write_jsonl(path, [Record("10", "a.png", "c", questions=[QUESTIONS[0]]),
+                       Record("7", "b.png", "c"), Record("x9", "b.png", "c")])
+    joined = {}
+    for r in read_records(path, original.write()[1]):
+        joined[r.id] = [q.question for q in r.questions]
+    assert joined == {"10": ["what color?", "fox?"], "7": ["cat?", "furry?"],
+                      "x9": ["dog?", "one dog?"]}
 
 
 def test_image_paths(original, monkeypatch):
-    """Relative to the records file; as in the original to the working directory, if the file is there alone."""
-    elsewhere = original.folder / "elsewhere"
-    for path in (elsewhere / "images/7.jpg", elsewhere / "images/9.jpg", original.folder / "images/9.jpg"):
+    """Relative to the records file, or (as in the original) to the working directory.
+
+    The latter if the file exists there alone.
+    """
+    folder = original.folder
+    elsewhere = folder / "elsewhere"
+    for path in (elsewhere / "images/7.jpg", elsewhere / "images/9.jpg", folder / "images/9.jpg"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
     monkeypatch.chdir(elsewhere)
     assert [r.image for r in read_records(original.write()[0])] == [
-        str(elsewhere / "images/7.jpg"), str(original.folder / "images/9.jpg"), str(original.folder / "images/10.jpg")]
+        str(elsewhere / "images/7.jpg"),
+        str(folder / "images/9.jpg"),
+        str(folder / "images/10.jpg"),
+    ]
 
 
 @pytest.mark.parametrize("change, parts", [
@@ -229,23 +283,32 @@ def test_image_paths(original, monkeypatch):
     (dict(img_path=3), ["record 2", "3"]),
 ])
 def test_bad_original_record(original, change, parts):
-    paths = original.write(records=[original.records[0], {**original.records[1], **change}], questions=[])
+    records = [original.records[0], {**original.records[1], **change}]
+    paths = original.write(records=records, questions=[])
     message = error(read_records, *paths)
     assert all(part in message for part in [str(paths[0]), *parts]), message
 
 
 @pytest.mark.parametrize("change, parts", [
-    (dict(id=8), ["'id'", "8"]), (dict(id="nobody"), ["'id'", "nobody"]), (dict(id=None), ["'id'", "None"]),
-    (dict(choices="yes, no"), ["'choices'", "list"]), (dict(answer=1), ["'answer'", "1"]),
+    (dict(id=8), ["'id'", "8"]),
+    (dict(id="nobody"), ["'id'", "nobody"]),
+    (dict(id=None), ["'id'", "None"]),
+    (dict(choices="yes, no"), ["'choices'", "list"]),
+    (dict(answer=1), ["'answer'", "1"]),
 ])
 def test_bad_original_question(original, change, parts):
-    paths = original.write(questions=[original.questions[0], {**original.questions[1], **change}])
+    questions = [original.questions[0], {**original.questions[1], **change}]
+    paths = original.write(questions=questions)
     message = error(read_records, *paths)
     assert all(part in message for part in [str(paths[1]), "record 2", *parts]), message
 
 
-@pytest.mark.parametrize("text, part", [('[{"id": 1, "img_path": "a", "caption": "c"},]', "not valid JSON"),
-                                        ('{"id": 1}', "array"), ("[]", "no records"), ("", "not valid JSON")])
+@pytest.mark.parametrize("text, part", [
+    ('[{"id": 1, "img_path": "a", "caption": "c"},]', "not valid JSON"),
+    ('{"id": 1}', "array"),
+    ("[]", "no records"),
+    ("", "not valid JSON"),
+])
 def test_bad_original_file(original, text, part):
     path, _ = original.write()
     path.write_text(text)
@@ -253,7 +316,7 @@ def test_bad_original_file(original, text, part):
     assert str(path) in message and part in message
 
 
-# ------------------------------------------------------------------------------------------------------------ atomic
+# ------------------------------------------------------------------------------------------- atomic
 
 
 def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path):
@@ -293,50 +356,53 @@ def test_atomic_cannot_write(tmp_path, inside):
 
     message = error(write)
     assert str(tmp_path / inside) in message and "cannot write" in message
-    assert os.listdir(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "in the way"
+    assert os.listdir(tmp_path) == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "in the way"
 
 
-# ------------------------------------------------------------------------------------------- claiming an output folder
+# ----------------------------------------------------------------------------------- output folders
 
 SETTINGS = dict(model="toy/base", seed=0, steps=50, out="o", device=None, batch=4)
 
 
-def claim(out, settings: dict, finished: str, overwrite: bool, **inputs) -> bool:
-    return model.claim(out, SimpleNamespace(**settings, overwrite=overwrite), finished, inputs)
+def prepare(out, settings: dict, overwrite: bool = False) -> bool:
+    return prepare_output(out, {**settings, "overwrite": overwrite}, "done.json", {})
 
 
-def test_claim_continues_with_the_same_settings(tmp_path):
+def test_output_folder_continues_with_the_same_settings(tmp_path):
     out = tmp_path / "out"
-    assert claim(out, SETTINGS, "done.json", False)
+    assert prepare(out, SETTINGS)
     (out / "half").write_text("x")
-    assert claim(out, {**SETTINGS, "device": "cuda", "batch": 1, "out": "./o"}, "done.json", False)  # same results
+    same_results = {"device": "cuda", "batch": 1, "out": "./o"}
+    assert prepare(out, SETTINGS | same_results)
     assert (out / "half").exists()
     (out / "done.json").write_text("x")
-    assert not claim(out, SETTINGS, "done.json", False)  # nothing left to do
+    assert not prepare(out, SETTINGS)  # nothing left to do
 
 
-def test_claim_names_the_setting_that_differs(tmp_path):
-    claim(tmp_path / "out", SETTINGS, "done.json", False)
-    message = error(claim, tmp_path / "out", {**SETTINGS, "seed": 1}, "done.json", False)
-    assert str(tmp_path / "out") in message and "seed 0 -> 1" in message and "steps" not in message
-    assert claim(tmp_path / "out", SETTINGS, "done.json", False)  # the refused run left the folder as it was
-
-
-def test_claim_overwrites(tmp_path):
+def test_output_folder_names_the_setting_that_differs(tmp_path):
     out = tmp_path / "out"
-    claim(out, SETTINGS, "done.json", False)
+    prepare(out, SETTINGS)
+    message = error(prepare, out, SETTINGS | {"seed": 1})
+    assert str(out) in message and "seed 0 -> 1" in message and "steps" not in message
+    assert prepare(out, SETTINGS)  # the refused run left the folder as it was
+
+
+def test_output_folder_is_overwritten(tmp_path):
+    out = tmp_path / "out"
+    prepare(out, SETTINGS)
     (out / "done.json").write_text("x")
-    assert claim(out, {**SETTINGS, "seed": 1}, "done.json", True)
+    assert prepare(out, SETTINGS | {"seed": 1}, overwrite=True)
     assert sorted(os.listdir(out)) == [".lock", "settings.json"]
-    assert "seed 1 -> 0" in error(claim, out, SETTINGS, "done.json", False)
+    assert "seed 1 -> 0" in error(prepare, out, SETTINGS)
 
 
-def test_claim_below_a_file(tmp_path):
+def test_output_folder_below_a_file(tmp_path):
     (tmp_path / "out").write_text("a file")
-    assert str(tmp_path / "out") in error(claim, tmp_path / "out", SETTINGS, "done.json", False)
+    assert str(tmp_path / "out") in error(prepare, tmp_path / "out", SETTINGS)
 
 
-# --------------------------------------------------------------------------------------------------- interrupted runs
+# --------------------------------------------------------------------------------- interrupted runs
 
 
 def results_of(records: list) -> list[dict]:
@@ -365,14 +431,16 @@ def test_map_records_continues(tmp_path, batch_again):
     assert len(seen) == calls  # all finished: nothing is computed
 
 
-# -------------------------------------------------------------------------------------------------------- whole stage
+# -------------------------------------------------------------------------------------- whole stage
 
 
 def test_stage_ends_in_one_line_and_exit_code_2(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text(f'{GOOD}\n{{"id": "b", "image": "b.png", "caption": 3}}\n')
-    done = subprocess.run([sys.executable, ROOT / "01_sample.py", "--records", path, "--out", tmp_path / "out",
-                           "--strict"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, ROOT / "01_sample.py", "--records", path,
+               "--out", tmp_path / "out", "--strict"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: {path}: line 2: field 'caption' should be str, found 3\n"
+    expected = f"error: {path}: line 2: field 'caption' should be str, found 3\n"
+    assert done.stderr == expected
     assert not (tmp_path / "out").exists()

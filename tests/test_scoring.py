@@ -1,20 +1,27 @@
-"""Scores, questions and curation of 02_score.py: TIFA's recorded cases, text similarity, encoders, self-play."""
+"""Scores, questions and curation of stage 2.
+
+TIFA's recorded cases, text similarity, encoders, log-probs, self-play.
+"""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config,
-                          T5ForConditionalGeneration)
+from transformers import (BertConfig, BertModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration)
 
-from conftest import GOLDEN, stage
-from model import InputError, Pair, Question, Sample, Score, read_jsonl, save_tensors, write_jsonl
+import model as wrapper
+from conftest import GOLDEN, main, stage
+from hermesflow import scoring
+from hermesflow.files import InputError, save_tensors
+from hermesflow.records import Pair, Question, Sample, Score, read_jsonl, write_jsonl
+from model import Generated, ImageBatch, Model, TextBatch, TextRequest
+from tiny import tiny_model
 
-scoring = stage("02_score")
-Candidate = scoring.Candidate
+score = stage("02_score")
+Candidate = score.Candidate
 
 TIFA = json.loads((GOLDEN / "tifa_cases.json").read_text())
 
@@ -23,7 +30,7 @@ def question(data: dict) -> Question:
     return Question(data["question"], data["choices"], data["answer"], data.get("element", ""))
 
 
-# ------------------------------------------------------------------------------------------------ TIFA, as recorded
+# -------------------------------------------------------------------------------- TIFA, as recorded
 
 
 def test_tifa_prompt():
@@ -32,17 +39,18 @@ def test_tifa_prompt():
 
 
 def test_tifa_prompt_takes_braces_in_a_caption():
-    assert "Description: {0} and {caption} [/INST]" in scoring.TIFA_PROMPT.format(caption="{0} and {caption}")
+    prompt = scoring.TIFA_PROMPT.format(caption="{0} and {caption}")
+    assert "Description: {0} and {caption} [/INST]" in prompt
 
 
 @pytest.mark.parametrize("name", [name for name in TIFA if not name.startswith("_")])
 def test_tifa_parse(name):
     parsed = scoring.parse_questions(TIFA[name]["response"])
-    assert [(q.element, q.question, q.answer) for q in parsed] == \
-        [(q["element"], q["question"], q["answer"]) for q in TIFA[name]["parsed"]]
+    recorded = [(q["element"], q["question"], q["answer"]) for q in TIFA[name]["parsed"]]
+    assert [(q.element, q.question, q.answer) for q in parsed] == recorded
     for ours, theirs in zip(parsed, TIFA[name]["parsed"]):
         assert ours.choices[: len(theirs["choices"])] == theirs["choices"]
-        # where the recorded answer is not among the choices, it is added: otherwise nobody could give it
+        # where the recorded answer is not among the choices, it is added: nobody could give it
         assert set(ours.choices) == {*theirs["choices"], theirs["answer"]}
 
 
@@ -60,10 +68,10 @@ def test_tifa_f1(pair):
     assert scoring.token_f1(*pair.split("|")) == pytest.approx(TIFA["_filter"]["f1"][pair])
 
 
-# -------------------------------------------------------------------------------------------------- text similarity
+# ---------------------------------------------------------------------------------- text similarity
 
 
-@pytest.mark.parametrize("caption, truth, score", [
+@pytest.mark.parametrize("caption, truth, f1", [
     ("A big red ring.", "a big red ring", 1.0),  # case and punctuation do not count
     ("three rings", "3 rings", 1.0),
     ("a cat", "two dogs", 0.0),
@@ -72,20 +80,21 @@ def test_tifa_f1(pair):
     ("ring left of cross", "cross left of ring", 2 * (4 + 1) / (7 + 7)),
     ("ring ring", "ring", 2 * 1 / (3 + 1)),  # a repeated word counts once
 ])
-def test_caption_f1(caption, truth, score):
-    assert scoring.caption_f1(caption, truth) == pytest.approx(score)
-    assert scoring.caption_f1(truth, caption) == pytest.approx(score)
+def test_caption_f1(caption, truth, f1):
+    assert scoring.caption_f1(caption, truth) == pytest.approx(f1)
+    assert scoring.caption_f1(truth, caption) == pytest.approx(f1)
 
 
-def test_caption_f1_hears_order_and_token_f1_does_not():
-    truth, swapped = "a big red ring left of a small blue square", "a small blue square left of a big red ring"
+def test_caption_f1_depends_on_order_and_token_f1_does_not():
+    truth = "a big red ring left of a small blue square"
+    swapped = "a small blue square left of a big red ring"
     assert scoring.token_f1(swapped, truth) == 1.0
     assert scoring.caption_f1(swapped, truth) < scoring.caption_f1(truth, truth) == 1.0
 
 
 def test_caption_scorer_default():
-    score = scoring.caption_scorer("token-f1", "cpu")
-    assert score(["a cat", "two dogs"], "a cat") == [1.0, 0.0]
+    score_captions = scoring.caption_scorer("token-f1", "cpu")
+    assert score_captions(["a cat", "two dogs"], "a cat") == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("answer, choices, nearest", [
@@ -105,12 +114,12 @@ def test_accuracy():
     questions = [Question("?", ["red", "blue"], "red"), Question("?", ["yes", "no"], "no"),
                  Question("?", ["one", "two"], "two"), Question("?", ["left", "right"], "left")]
     match = scoring.answer_matcher("text", "cpu")
-    assert scoring.accuracy(["red", "no", "2", "left"], questions, match) == 1.0
-    assert scoring.accuracy(["a red one", "yes", "one", "right"], questions, match) == 0.25
-    assert scoring.accuracy(["blue", "yes", "one", "right"], questions, match) == 0.0
+    assert score.accuracy(["red", "no", "2", "left"], questions, match) == 1.0
+    assert score.accuracy(["a red one", "yes", "one", "right"], questions, match) == 0.25
+    assert score.accuracy(["blue", "yes", "one", "right"], questions, match) == 0.0
 
 
-# --------------------------------------------------------------------------------------------------------- encoders
+# ----------------------------------------------------------------------------------------- encoders
 
 WORDS = "a big small red blue ring cross left of two three".split()
 
@@ -122,13 +131,17 @@ def bert(tmp_path_factory):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
-                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                            sep_token="[SEP]", model_max_length=12).save_pretrained(folder)
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", model_max_length=12)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=32, max_position_embeddings=12, initializer_range=0.5)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2,
+                        num_attention_heads=2, intermediate_size=32, max_position_embeddings=12,
+                        initializer_range=0.5)
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -138,7 +151,8 @@ def by_hand(folder, text: str) -> dict:
     """Unit vectors of one text, computed alone and without padding."""
     ids = torch.tensor([[2, *(4 + WORDS.index(w) for w in text.split()), 3]])
     hidden = BertModel.from_pretrained(folder).eval()(input_ids=ids).last_hidden_state[0]
-    return {name: v / v.square().sum().sqrt() for name, v in (("cls", hidden[0]), ("mean", hidden.sum(0) / len(hidden)))}
+    vectors = {"cls": hidden[0], "mean": hidden.sum(0) / len(hidden)}
+    return {name: v / v.square().sum().sqrt() for name, v in vectors.items()}
 
 
 TEXTS = ["a big red ring left of a small cross", "two ring", "a cross"]
@@ -146,23 +160,26 @@ TEXTS = ["a big red ring left of a small cross", "two ring", "a cross"]
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_encoder(bert, pooling):
-    encode = scoring.Encoder(str(bert), pooling, "cpu")
+    encode = scoring.SentenceEncoder(str(bert), pooling, "cpu")
     together = encode(TEXTS)
     for vector, text in zip(together, TEXTS):
         torch.testing.assert_close(vector, by_hand(bert, text)[pooling], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(vector, encode([text])[0], rtol=1e-4, atol=1e-5)  # padding changes nothing
-    assert (together @ together.T).fill_diagonal_(0).max() < 0.999  # different texts, different vectors
+        # padding changes nothing
+        torch.testing.assert_close(vector, encode([text])[0], rtol=1e-4, atol=1e-5)
+    # different texts have different vectors
+    assert (together @ together.T).fill_diagonal_(0).max() < 0.999
 
 
 def test_encoder_cuts_long_texts(bert):
-    encode = scoring.Encoder(str(bert), "cls", "cpu")
+    encode = scoring.SentenceEncoder(str(bert), "cls", "cpu")
     torch.testing.assert_close(encode(["a red ring " * 20]), encode(["a red ring " * 3 + "a"]))
 
 
 def test_caption_scorer_is_the_cosine_of_cls_vectors(bert):
     scores = scoring.caption_scorer(str(bert), "cpu")(TEXTS, "a cross")
     truth = by_hand(bert, "a cross")["cls"]
-    assert scores == pytest.approx([float(by_hand(bert, t)["cls"] @ truth) for t in TEXTS], abs=1e-4)
+    cosines = [float(by_hand(bert, t)["cls"] @ truth) for t in TEXTS]
+    assert scores == pytest.approx(cosines, abs=1e-4)
     assert scores[2] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -172,50 +189,66 @@ def test_matcher_takes_the_nearest_choice_by_mean_vectors(bert):
     assert [match(c, choices) for c in choices] == choices
     for answer in ("a red", "three", "big cross", "of"):
         vector = by_hand(bert, answer)["mean"]
-        assert match(answer, choices) == max(choices, key=lambda c: float(by_hand(bert, c)["mean"] @ vector))
+        cosines = [float(by_hand(bert, c)["mean"] @ vector) for c in choices]
+        assert match(answer, choices) == choices[cosines.index(max(cosines))]
 
 
 def test_unknown_encoder_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"nothing here.*AutoTokenizer") as error:
-        scoring.Encoder(str(tmp_path / "nothing here"), "cls", "cpu")
+        scoring.SentenceEncoder(str(tmp_path / "nothing here"), "cls", "cpu")
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ writing questions
+# -------------------------------------------------------------------------------- writing questions
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One token per byte, so that decoding gives the text back; template: where the special tokens go."""
+    """One token per byte, so that decoding gives the text back.
+
+    template: where the special tokens go.
+    """
     vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(vocabulary)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   clean_up_tokenization_spaces=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False)
 
 
 @pytest.fixture(scope="module")
-def questioner(tmp_path_factory):
-    """TIFA's two models, tiny and random; their tokenizers add <s> in front and </s> behind, as the real ones do."""
+def question_writer(tmp_path_factory):
+    """TIFA's two models, tiny and random.
+
+    Their tokenizers add <s> in front and </s> behind, as the real ones do.
+    """
     torch.manual_seed(0)
-    writer, reader = tmp_path_factory.mktemp("writer"), tmp_path_factory.mktemp("reader")
+    question_model = tmp_path_factory.mktemp("question_model")
+    qa_model = tmp_path_factory.mktemp("qa_model")
     tokenizer = byte_tokenizer("<s> $A")
-    tokenizer.save_pretrained(writer)
-    byte_tokenizer("$A </s>").save_pretrained(reader)
+    tokenizer.save_pretrained(question_model)
+    byte_tokenizer("$A </s>").save_pretrained(qa_model)
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                 **special)).save_pretrained(writer)
-    T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2,
-                                        decoder_start_token_id=0, **special)).save_pretrained(reader)
-    return scoring.Questioner(str(writer), str(reader), "cpu")
+    llama = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, **special)
+    LlamaForCausalLM(llama).save_pretrained(question_model)
+    t5 = T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2,
+                  decoder_start_token_id=0, **special)
+    T5ForConditionalGeneration(t5).save_pretrained(qa_model)
+    return scoring.QuestionWriter(str(question_model), str(qa_model), "cpu")
 
 
 @pytest.fixture
-def prompts(questioner, monkeypatch):
-    """What reaches the two models, as (name, token ids, settings); the models still run, but for few tokens."""
+def prompts(question_writer, monkeypatch):
+    """What reaches the two models, as (name, token ids, settings).
+
+    The models still run, but for few tokens.
+    """
     seen = []
-    for name in ("writer", "reader"):
-        model = getattr(questioner, name)[1]
+    for name in ("question_model", "qa_model"):
+        model = getattr(question_writer, name)
 
         def generate(ids, name=name, original=model.generate, **how):
             seen.append((name, ids[0].tolist(), how))
@@ -225,58 +258,171 @@ def prompts(questioner, monkeypatch):
     return seen
 
 
-def test_questioner_runs(questioner, prompts):
-    questions = questioner("a blue rabbit {and} a red plane")
+def test_question_writer_runs(question_writer, prompts):
+    questions = question_writer("a blue rabbit {and} a red plane")
     assert isinstance(questions, list) and all(isinstance(q, Question) for q in questions)
     (name, ids, how), *_ = prompts
-    assert (name, how["num_beams"], how["do_sample"]) == ("writer", 5, False)
+    assert (name, how["num_beams"], how["do_sample"]) == ("question_model", 5, False)
     expected = scoring.TIFA_PROMPT.format(caption="a blue rabbit {and} a red plane")
     assert ids.count(1) == 1 and ids[0] == 1 and 2 not in ids  # one <s>: the prompt's own
-    assert questioner.writer[0].decode(ids[1:]) == expected.removeprefix("<s>")
+    written = question_writer.question_tokenizer.decode(ids[1:])
+    assert written == expected.removeprefix("<s>")
 
 
-def test_generated_text_leaves_the_prompt_out(questioner, monkeypatch):
-    tokenizer, model = questioner.writer
-    answer = tokenizer(" fox\nActivities:", add_special_tokens=False, return_tensors="pt").input_ids
-    monkeypatch.setattr(model, "generate", lambda ids, **how: torch.cat([ids, answer, torch.tensor([[2]])], 1))
-    assert questioner.generate(questioner.writer, "<s>[INST] x [/INST] Entities:") == " fox\nActivities:"
+def test_generated_text_leaves_the_prompt_out(question_writer, monkeypatch):
+    tokenizer = question_writer.question_tokenizer
+    response = tokenizer(" fox\nActivities:", add_special_tokens=False, return_tensors="pt")
+    end = torch.tensor([[2]])
+
+    def generate(ids, **how):
+        return torch.cat([ids, response.input_ids, end], 1)
+
+    monkeypatch.setattr(question_writer.question_model, "generate", generate)
+    assert question_writer.write("x") == " fox\nActivities:"
 
 
-RESPONSE = (" rabbit\nActivities:\nColors: blue\nCounting: 2\nOther attributes:\nQuestions and answers are below:\n"
+RESPONSE = (" rabbit\nActivities:\nColors: blue\nCounting: 2\nOther attributes:\n"
+            "Questions and answers are below:\n"
             "About rabbit (animal):\nQ: what animal is it?\nChoices: rabbit, Cat\nA: rabbit\n"
             "About blue (color):\nQ: is it blue?\nChoices: yes, no\nA: yes\n"
             "About two (counting):\nQ: how many?\nChoices: 1, 2\nA: 2")
 
 
 @pytest.fixture
-def written(questioner, monkeypatch):
+def written(question_writer, monkeypatch):
     """The question model writes RESPONSE; the QA model is the real random one."""
-    generate = questioner.generate
-    monkeypatch.setattr(questioner, "generate", lambda tools, prompt, **how:
-                        RESPONSE if tools is questioner.writer else generate(tools, prompt, **how))
+    monkeypatch.setattr(question_writer, "write", lambda caption: RESPONSE)
 
 
-def test_reader_prompts(questioner, prompts, written):
-    """UnifiedQA's two prompts per question, each with one </s> at its end (`{q} \\n {caption} \\n (A) a (B) b `)."""
-    questioner("A Blue rabbit")
-    ids = [ids for name, ids, _ in prompts if name == "reader"]
+def test_qa_model_prompts(question_writer, prompts, written):
+    """UnifiedQA's two prompts per question, each with one </s> at its end.
+
+    `{q} \\n {caption} \\n (A) a (B) b `, and the same without choices.
+    """
+    question_writer("A Blue rabbit")
+    ids = [ids for name, ids, _ in prompts if name == "qa_model"]
     assert all(i.count(2) == 1 and i[-1] == 2 and 1 not in i for i in ids)
-    assert [questioner.reader[0].decode(i[:-1]) for i in ids] == [
-        "what animal is it? \n A Blue rabbit \n (A) rabbit (B) Cat ", "what animal is it? \n A Blue rabbit",
-        "is it blue? \n A Blue rabbit \n (A) yes (B) no ", "is it blue? \n A Blue rabbit",
-        "how many? \n A Blue rabbit \n (A) 1 (B) 2 ", "how many? \n A Blue rabbit"]
+    assert [question_writer.qa_tokenizer.decode(i[:-1]) for i in ids] == [
+        "what animal is it? \n A Blue rabbit \n (A) rabbit (B) Cat ",
+        "what animal is it? \n A Blue rabbit",
+        "is it blue? \n A Blue rabbit \n (A) yes (B) no ",
+        "is it blue? \n A Blue rabbit",
+        "how many? \n A Blue rabbit \n (A) 1 (B) 2 ",
+        "how many? \n A Blue rabbit",
+    ]
 
 
-def test_reader_filters(questioner, monkeypatch):
-    """Right with choices and without: kept. Right only with choices: dropped, unless the answer is yes or no."""
-    says = iter([RESPONSE, "rabbit", "a rabbit", "yes", "black", "2", "seven of them"])
-    monkeypatch.setattr(questioner, "generate", lambda *_, **__: next(says))
-    kept = questioner("a blue rabbit")
+def test_qa_model_filters(question_writer, written, monkeypatch):
+    """Right with choices and without: kept.
+
+    Right only with choices: dropped, unless the answer is yes or no.
+    """
+    answers = iter(["rabbit", "a rabbit", "yes", "black", "2", "seven of them"])
+    monkeypatch.setattr(question_writer, "answer", lambda prompt: next(answers))
+    kept = question_writer("a blue rabbit")
     assert kept == [Question("what animal is it?", ["rabbit", "Cat"], "rabbit", "rabbit"),
                     Question("is it blue?", ["yes", "no"], "yes", "blue")]
 
 
-# --------------------------------------------------------------------------------------------------------- curation
+# --------------------------------------------------------------------------- what the policy writes
+
+
+def test_ended_says_whether_eot_came_before_the_limit(monkeypatch):
+    """Each row writes `top_k` words and then <|eot|>; the limit is three tokens."""
+    model = tiny_model()
+    lengths = [2, 5, 0, 3, 1, 4, 2]
+    word = model.encode_text("ring")[0]
+    steps = iter(range(3))
+
+    def sample_tokens(logits, top_k, temperature, u):
+        return torch.where(top_k == next(steps), model.tokens.eot, word)
+
+    monkeypatch.setattr(wrapper, "sample_tokens", sample_tokens)
+    images = torch.zeros(2, 16, dtype=torch.long)
+    requests = [TextRequest(i % 2, "question " * i, top_k=n) for i, n in enumerate(lengths)]
+    texts = model.generate_text(images, requests, max_new_tokens=3)
+    assert texts == [Generated([word] * min(n, 3), n < 3) for n in lengths]
+
+
+@pytest.mark.parametrize("limit", [1, 4, 30])
+def test_only_texts_that_ended_are_shorter_than_the_limit(limit):
+    model = tiny_model()
+    images = torch.arange(32).view(2, 16)
+    requests = [TextRequest(i % 2, "what?", top_k=0, temperature=9.0, seed=i) for i in range(64)]
+    texts = model.generate_text(images, requests, limit)
+    assert all(text.ended == (len(text.ids) < limit) for text in texts)
+    assert not any(model.tokens.eot in text.ids for text in texts)
+    if limit == 30:
+        assert {text.ended for text in texts} == {True, False}
+
+
+# ---------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def pixels(policy):
+    """Three images."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(3, 3, policy.image_size, policy.image_size, generator=generator) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def prompts_and_responses(policy):
+    """A question about each image, and two answers to each."""
+    prompts = ["what?", "give a caption for this image", "big or small?"]
+    answers = [("a big ring", "yes"), ("blue", "a small square left of a ring"), ("no", "big")]
+    responses = []
+    for pair in answers:
+        responses.append([policy.encode_text(answer) for answer in pair])
+    return prompts, responses
+
+
+@pytest.fixture(scope="module")
+def image_batch(policy):
+    """Two images of each of three texts."""
+    images = torch.randint(32, (3, 2, 16), generator=torch.Generator().manual_seed(1))
+    masks = policy.training_masks([1, 2, 3])
+    return ImageBatch(["a red ring", "", "a small blue square"], images, masks)
+
+
+def assert_equal(ours, theirs):
+    assert torch.equal(ours.sums, theirs.sums) and torch.equal(ours.counts, theirs.counts)
+
+
+@torch.no_grad()
+def test_log_probs_of_texts_are_the_same_for_pixels_and_their_codes(
+        policy, pixels, prompts_and_responses):
+    codes = policy.encode_image(pixels)
+    logps = policy.text_logps(codes, *prompts_and_responses)
+    assert logps.sums.shape == (3, 2) and len(logps.sums.unique()) == 6
+    responses = prompts_and_responses[1]
+    for row, own in enumerate(responses):  # tokens and <|eot|>
+        assert logps.counts[row].tolist() == [len(ids) + 1 for ids in own]
+    assert_equal(policy.text_logps(pixels, *prompts_and_responses), logps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+def test_pair_log_probs_are_those_of_both_halves(
+        policy, pixels, prompts_and_responses, image_batch, guidance_scale):
+    image_batch = image_batch._replace(guidance_scale=guidance_scale)
+    text = policy.text_logps(pixels, *prompts_and_responses)
+    image = policy.image_logps(*image_batch)
+    assert image.sums.shape == (3, 2) and len(image.sums.unique()) == 6
+    masked = image_batch.masks.sum(1, keepdim=True)  # (3, 1)
+    assert torch.equal(image.counts, masked.expand(3, 2).float())
+    for images in (pixels, policy.encode_image(pixels)):
+        und, gen = policy.pair_logps(TextBatch(images, *prompts_and_responses), image_batch)
+        assert_equal(und, text)
+        assert_equal(gen, image)
+
+
+# ----------------------------------------------------------------------------------------- curation
 
 SAMPLE = Sample("a", "a.png", "a red ring", "draw a red ring", captions=["x", "y", "z"])
 
@@ -289,19 +435,24 @@ def images(*scores):
     return [Candidate(s, [10 + i], "", [f"wrong {i}"]) for i, s in enumerate(scores)]
 
 
+def curate(captions, images, previous=None, image_codes=()):
+    return score.curate(SAMPLE, list(image_codes), captions, images, previous, 0.6)
+
+
 def previous(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
-    return Pair(id, "a.png", "a red ring", "", [0], "old win", "old lose", [91], [92], *caption_scores, [93], [94],
-                *image_scores, ["old win wrong"], ["old lose wrong"])
+    return Pair(id, "a.png", "a red ring", "", [0], "old win", "old lose", [91], [92],
+                *caption_scores, [93], [94], *image_scores, ["old win wrong"], ["old lose wrong"])
 
 
 def test_first_round_takes_best_and_worst():
-    pair = scoring.curate(SAMPLE, [7, 8], captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0), None, 0.6)
-    assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", [7, 8], "caption 1", "caption 2", [1], [2], 0.9, 0.1,
+    pair = curate(captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0), image_codes=[7, 8])
+    assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", [7, 8],
+                        "caption 1", "caption 2", [1], [2], 0.9, 0.1,
                         [12], [11], 1.0, 0.2, ["wrong 2"], ["wrong 1"])
 
 
 def test_ties_take_the_first():
-    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1, 0.9, 0.1), images(0.2, 1.0, 0.2, 1.0), None, 0.6)
+    pair = curate(captions(0.9, 0.1, 0.9, 0.1), images(0.2, 1.0, 0.2, 1.0))
     assert (pair.win_caption_ids, pair.lose_caption_ids) == ([0], [1])
     assert (pair.win_image_codes, pair.lose_image_codes) == ([11], [10])
 
@@ -314,11 +465,11 @@ def test_ties_take_the_first():
     ((0.9, 0.1), (3 / 5, 1 / 5), "images: best score is not above 0.6"),
 ])
 def test_dropped(caption_scores, image_scores, why):
-    assert scoring.curate(SAMPLE, [], captions(*caption_scores), images(*image_scores), None, 0.6) == why
+    assert curate(captions(*caption_scores), images(*image_scores)) == why
 
 
 def test_just_above_the_bar_is_kept():
-    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1), images(7 / 11, 0.0), None, 0.6)
+    pair = curate(captions(0.9, 0.1), images(7 / 11, 0.0))
     assert (pair.win_image_score, pair.lose_image_score) == (7 / 11, 0.0)
 
 
@@ -328,14 +479,19 @@ def test_just_above_the_bar_is_kept():
     (0.4, ("old lose", [92], 0.3)),
 ])
 def test_self_play_captions(best, loser):
-    pair = scoring.curate(SAMPLE, [], captions(0.0, best), images(1.0, 0.0), previous(), 0.6)
-    assert (pair.win_caption, pair.win_caption_ids, pair.win_caption_score) == ("caption 1", [1], best)
-    assert (pair.lose_caption, pair.lose_caption_ids, pair.lose_caption_score) == loser
+    pair = curate(captions(0.0, best), images(1.0, 0.0), previous())
+    win = pair.win_caption, pair.win_caption_ids, pair.win_caption_score
+    lose = pair.lose_caption, pair.lose_caption_ids, pair.lose_caption_score
+    assert (win, lose) == (("caption 1", [1], best), loser)
 
 
-@pytest.mark.parametrize("best, loser", [(0.9, ([93], 0.8)), (0.8, ([94], 0.7)), (0.75, ([94], 0.7))])
+@pytest.mark.parametrize("best, loser", [
+    (0.9, ([93], 0.8)),
+    (0.8, ([94], 0.7)),
+    (0.75, ([94], 0.7)),
+])
 def test_self_play_images(best, loser):
-    pair = scoring.curate(SAMPLE, [], captions(0.9, 0.1), images(0.0, best), previous(), 0.6)
+    pair = curate(captions(0.9, 0.1), images(0.0, best), previous())
     assert (pair.win_image_codes, pair.win_image_score) == ([11], best)
     assert (pair.lose_image_codes, pair.lose_image_score) == loser
     assert pair.win_image_wrong == ["wrong 1"]
@@ -343,45 +499,61 @@ def test_self_play_images(best, loser):
 
 
 @pytest.mark.parametrize("caption_scores, image_scores, why", [
-    ((0.3, 0.1), (1.0, 0.0), "captions: best is not better than worst"),  # only as good as the old loser
+    # only as good as the old loser
+    ((0.3, 0.1), (1.0, 0.0), "captions: best is not better than worst"),
     ((0.9, 0.1), (0.7, 0.0), "images: best is not better than worst"),
     ((0.9, 0.1), (0.6, 0.0), "images: best score is not above 0.6"),
 ])
 def test_self_play_dropped(caption_scores, image_scores, why):
-    assert scoring.curate(SAMPLE, [], captions(*caption_scores), images(*image_scores), previous(), 0.6) == why
+    assert curate(captions(*caption_scores), images(*image_scores), previous()) == why
 
 
-# ---------------------------------------------------------------------------------------------------- the whole stage
+# ---------------------------------------------------------------------------------- the whole stage
 
 FIVE = [Question(f"q{i}?", ["yes", "no"], "yes") for i in range(5)]
 
 
+class Policy(Model):
+    """Two image tokens, ten codes, twenty token ids, and no network."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.image_tokens = 2
+        self.tokens = SimpleNamespace(codes=10, vocab_size=20)
+
+
+def answer_questions(model, codes, questions, max_new_tokens):
+    """The first code[0] questions about an image are answered right."""
+    answers = []
+    for code, asked in zip(codes.tolist(), questions):
+        answers.append(["yes" if i < code[0] else "no" for i in range(len(asked))])
+    return answers
+
+
 @pytest.fixture
 def score_stage(tmp_path, monkeypatch):
-    """Run 02_score.py's main on three sampled records, with a policy that answers code[0] questions right."""
-    samples = [Sample(id, f"{id}.png", "a big red ring", questions=FIVE, captions=["a cat", "a big red ring", "a big cat"])
+    """Run the stage on four sampled records; three of them have questions."""
+    captions = ["a cat", "a big red ring", "a big cat"]
+    samples = [Sample(id, f"{id}.png", "a big red ring", questions=FIVE, captions=captions)
                for id in "abc"]
     samples.append(Sample("d", "d.png", "a ring", captions=["a", "ring", "x"]))  # no questions
     tensors = {}
     for n, s in enumerate(samples):
-        tensors |= {f"{s.id}/image": torch.tensor([n, n]), f"{s.id}/captions": torch.tensor([[5, -1], [6, 7], [8, -1]]),
-                    f"{s.id}/images": torch.tensor([[2, n], [5, n], [1, n], [4, n]])}
+        tensors[f"{s.id}/image"] = torch.tensor([n, n])
+        tensors[f"{s.id}/captions"] = torch.tensor([[5, -1], [6, 7], [8, -1]])
+        tensors[f"{s.id}/images"] = torch.tensor([[2, n], [5, n], [1, n], [4, n]])
     save_tensors(tmp_path / "samples" / "samples.safetensors", tensors)
     write_jsonl(tmp_path / "samples" / "samples.jsonl", samples)
 
-    def answer_questions(model, codes, questions, max_new_tokens):
-        return [["yes" if i < code[0] else "no" for i in range(len(qs))] for code, qs in zip(codes.tolist(), questions)]
-
-    monkeypatch.setattr(scoring, "answer_questions", answer_questions)
-    monkeypatch.setattr(scoring, "load_from", lambda args: (SimpleNamespace(
-        device="cpu", tokens=SimpleNamespace(image_tokens=2, codes=10, vocab_size=20)), None))
-    monkeypatch.setattr(scoring, "save_gallery", lambda *_: None)
+    monkeypatch.setattr(score, "answer_questions", answer_questions)
+    monkeypatch.setattr(score, "load_from", lambda args: Policy())
+    monkeypatch.setattr(score, "save_gallery", lambda *_: None)
 
     def run(*options, out="out"):
-        monkeypatch.setattr(sys, "argv", ["02_score.py", "--samples", str(tmp_path / "samples"),
-                                          "--out", str(tmp_path / out), *map(str, options)])
-        scoring.main()
-        pairs, scores = read_jsonl(tmp_path / out / "pairs.jsonl", Pair), read_jsonl(tmp_path / out / "scores.jsonl", Score)
+        main(score, "--samples", tmp_path / "samples", "--out", tmp_path / out, *options)
+        pairs = read_jsonl(tmp_path / out / "pairs.jsonl", Pair)
+        scores = read_jsonl(tmp_path / out / "scores.jsonl", Score)
         return {p.id: p for p in pairs}, {s.id: s for s in scores}
 
     return run
@@ -392,21 +564,32 @@ def test_stage_scores_and_pairs(score_stage):
     assert list(pairs) == ["a", "b", "c"] and scores["d"].dropped == "no questions"
     assert scores["b"].image_scores == [0.4, 1.0, 0.2, 0.8]
     assert scores["b"].answers[0] == ["yes", "yes", "no", "no", "no"]
-    assert scores["b"].caption_scores == [pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
-    assert pairs["b"] == Pair("b", "b.png", "a big red ring", "", [1, 1], "a big red ring", "a cat", [6, 7], [5], 1.0,
-                              pytest.approx(0.2), [5, 1], [1, 1], 1.0, 0.2, [], ["q1?", "q2?", "q3?", "q4?"])
+    assert scores["b"].caption_scores == [
+        pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
+    assert pairs["b"] == Pair(
+        "b", "b.png", "a big red ring", "", [1, 1],
+        "a big red ring", "a cat", [6, 7], [5], 1.0, pytest.approx(0.2),
+        [5, 1], [1, 1], 1.0, 0.2, [], ["q1?", "q2?", "q3?", "q4?"])
 
 
 def test_stage_scores_by_likelihood(score_stage, monkeypatch):
-    """No question is asked, so a record without any gives a pair, too; each image meets its own record's caption."""
-    monkeypatch.setattr(scoring, "answer_questions", None)
-    monkeypatch.setattr(scoring, "likelihood", lambda model, images, captions: [
-        (code[0] + (caption == "a ring")) / 10 for code, caption in zip(images.tolist(), captions)])
+    """No question is asked, so a record without any gives a pair, too.
+
+    Each image meets its own record's caption.
+    """
+    def caption_likelihood(model, images, captions):
+        pairs = zip(images.tolist(), captions)
+        return [(code[0] + (caption == "a ring")) / 10 for code, caption in pairs]
+
+    monkeypatch.setattr(score, "answer_questions", None)
+    monkeypatch.setattr(score, "caption_likelihood", caption_likelihood)
     pairs, scores = score_stage("--image-scorer", "likelihood", "--min-image-score", 0.5)
     assert scores["b"].image_scores == [0.2, 0.5, 0.1, 0.4] and scores["b"].answers == []
     assert scores["b"].dropped == "images: best score is not above 0.5"
     assert scores["d"].image_scores == [0.3, 0.6, 0.2, 0.5] and list(pairs) == ["d"]
-    assert (pairs["d"].win_image_codes, pairs["d"].lose_image_codes, pairs["d"].win_image_wrong) == ([5, 3], [1, 3], [])
+    pair = pairs["d"]
+    assert (pair.win_image_codes, pair.lose_image_codes) == ([5, 3], [1, 3])
+    assert pair.win_image_wrong == []
 
 
 def test_stage_does_not_depend_on_the_batch(score_stage):
@@ -418,7 +601,9 @@ def test_stage_joins_the_previous_round_by_id(score_stage, tmp_path):
     old = [previous((1.0, 0.5), (1.0, 0.4), id="c"), previous((0.7, 0.1), (0.9, 0.3), id="a")]
     write_jsonl(tmp_path / "previous.jsonl", old)
     pairs, _ = score_stage("--previous", tmp_path / "previous.jsonl")
-    losers = {id: (p.lose_caption, p.lose_caption_score, p.lose_image_codes, p.lose_image_score) for id, p in pairs.items()}
+    losers = {}
+    for id, p in pairs.items():
+        losers[id] = (p.lose_caption, p.lose_caption_score, p.lose_image_codes, p.lose_image_score)
     assert losers == {"a": ("old win", 0.7, [93], 0.9),  # 1.0 beats 0.7 and 0.9
                       "b": ("a cat", pytest.approx(0.2), [1, 1], 0.2),  # no history
                       "c": ("old lose", 0.5, [94], 0.4)}  # 1.0 does not beat 1.0

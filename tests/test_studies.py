@@ -1,5 +1,6 @@
-"""The switches of the studies do what they say, and nothing else; the figures of their tables are right."""
+"""The studies' switches do what they say and nothing else, and the numbers in tables are right."""
 
+import copy
 import json
 import math
 import sys
@@ -10,298 +11,401 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, stage
-from plain import logits_of, sequence
+from conftest import ROOT
 from tiny import tiny_model
 
+from bench.reference import logits_of, sequence
+from hermesflow.options import ImageSampling
+from hermesflow.records import CAPTION_QUESTION, Pair, Question, Record, Sample, Score, read_jsonl
+from hermesflow.sampling import random_mask, stable_seed
+from hermesflow.scoring import caption_likelihood
+from hermesflow.showo import Segment, answer_segment, image_segment
+from toy import world
+
 sys.path.insert(0, str(ROOT / "toy" / "studies"))
-import loop  # noqa: E402
-import switches  # noqa: E402
-import tables  # noqa: E402
-from main_result import mcnemar  # noqa: E402
-from model import Pair, Question, Sample, Score, image_segment  # noqa: E402
-from scorer import agreement, ranks, spearman  # noqa: E402
-from toy import world  # noqa: E402
+import loop
+import switches
+import tables
+from main_result import mcnemar
+from scorer import agreement, ranks, spearman
 
-STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "other_base", "over_rounds", "recipes",
-           "scorer", "strength", "why")
-ARGS = SimpleNamespace(seed=3, round=1, drop_text=0.5, beta=0.2, und=1.0, gen=1.0, nll_und=0.0, nll_gen=0.0, guidance=0.0)
-
-
-@pytest.fixture
-def stages():
-    """Fresh modules, so that a switch does not outlive its test."""
-    return {"01": stage("01_sample"), "02": stage("02_score"), "03": stage("03_pair_dpo")}
+STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "other_base",
+           "over_rounds", "recipes", "scorer", "strength", "why")
+SEED = (3, 1)  # seed, round
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()[0]
+    return tiny_model()
+
+
+@pytest.fixture
+def stages(model):
+    """Fresh globals, so that a switch does not outlive its test; stage 3 loads the tiny model."""
+    stages = {number: loop.load_stage(number) for number in ("01", "02", "03")}
+    stages["03"]["load"] = lambda: copy.copy(model)
+    return stages
 
 
 @pytest.fixture(scope="module")
 def pairs(model):
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def codes():
-        return torch.randint(model.tokens.codes, (16,), generator=draw).tolist()
+        return torch.randint(model.tokens.codes, (16,), generator=generator).tolist()
 
+    pairs = []
     texts = ["a big red ring", "blue square", "small ring left of a square", "square"]
-    return [Pair(f"r-{i}", "", text, "", codes(), "", "", model.tokens.encode(text), model.tokens.encode("no no"), 1, 0,
-                 codes(), codes(), 1, 0, [], []) for i, text in enumerate(texts)]
+    for i, text in enumerate(texts):
+        win = model.encode_text(text)
+        lose = model.encode_text("no no")
+        pairs.append(Pair(f"r-{i}", "", text, "", codes(), "", "", win, lose, 1, 0,
+                          codes(), codes(), 1, 0, [], []))
+    return pairs
 
 
-def halves(stages, model, pairs, epoch=0):
+def make_batch(stages, model, pairs, dropout=0.5):
+    stage = stages["03"]
+    visits = [stage["Visit"](pair, 0) for pair in pairs]
+    return stage["make_batch"](model, visits, SEED, dropout, 0.0)
+
+
+def pair_logps(stages, pairs, dropout=0.5):
+    """(und, gen) log-probs as stage 3 computes them, with the switches that are thrown."""
+    model = stages["03"]["load"]()
     with torch.no_grad():
-        return stages["03"].both_halves(model, model.tokens, [(p, epoch) for p in pairs], "cpu", ARGS)
+        return model.pair_logps(*make_batch(stages, model, pairs, dropout))
 
 
 def equal(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+# ----------------------------------------------------------------------------------------- switches
+
+
 def test_batch_summed(stages):
     switches.batch_summed(stages)
     delta = torch.tensor([1.0, -3.0, 0.5])
-    assert stages["03"].preference_loss(delta, 0.2).item() == pytest.approx(-math.log(1 / (1 + math.exp(0.3))))
+    loss = stages["03"]["dpo_loss"](delta, 0.2).item()
+    assert loss == pytest.approx(-math.log(1 / (1 + math.exp(0.3))))
 
 
-def test_mismatched_dropout(stages, model, pairs, monkeypatch):
-    """Without any dropout it changes nothing; with it, some winner is drawn from its text and its loser from none."""
-    monkeypatch.setattr(ARGS, "drop_text", 0.0)
-    plain = halves(stages, model, pairs)
+def test_a_switch_changes_what_the_stage_calls(stages, pairs):
+    und, gen = pair_logps(stages, pairs)
+    reference = torch.zeros(4, 2, 2)
+    switches.batch_summed(stages)
+    loss, _ = stages["03"]["pair_dpo"](und, gen, reference, 0.2)
+    expected = 0
+    for half in (und, gen):
+        delta = half.sums[:, 0] - half.sums[:, 1]
+        expected -= F.logsigmoid(0.2 * delta.sum()).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mismatched_dropout(stages, pairs):
+    """Without dropout it changes nothing; with it, some pair has one text and not the other."""
+    matched = pair_logps(stages, pairs, 0.0)
     switches.mismatched_dropout(stages)
-    for a, b in zip(plain, halves(stages, model, pairs)):
-        equal(a[0][:, 1:], b[0][:, 1:])
-        equal(a[1][:, 1:], b[1][:, 1:])
-    monkeypatch.setattr(ARGS, "drop_text", 1.0)
-    dropped = halves(stages, model, pairs)[1][0]
-    monkeypatch.setattr(ARGS, "drop_text", 0.5)
-    kept = (halves(stages, model, pairs)[1][0] - dropped)[:, 1:].abs() > 1e-4  # (B, 2): this branch saw its text
+    for a, b in zip(matched, pair_logps(stages, pairs, 0.0)):
+        equal(a.sums, b.sums)
+        equal(a.counts, b.counts)
+    dropped = pair_logps(stages, pairs, 1.0)[1].sums
+    some = pair_logps(stages, pairs, 0.5)[1].sums
+    kept = (some - dropped).abs() > 1e-4  # (B, 2): this image has its text
     assert (kept[:, 0] != kept[:, 1]).any()
 
 
 def test_black_images(stages, model, pairs, monkeypatch):
     black = torch.arange(16)[None]
-    monkeypatch.setattr(stages["03"], "load", lambda *_: (model, SimpleNamespace(downsampling=16, encode=lambda x: black)))
-    row = stages["03"].understanding_row(model.tokens, pairs[0])
+    monkeypatch.setattr(model, "encode_image", lambda pixels: black)
+    text, image = make_batch(stages, model, pairs)
     switches.black_images(stages)
-    stages["03"].load()
-    changed = stages["03"].understanding_row(model.tokens, pairs[0])
-    assert changed[0].ids == model.tokens.look(list(range(16))) != row[0].ids and changed[1:] == row[1:]
+    black_text, black_image = make_batch(stages, model, pairs)
+    assert black_text.images.tolist() == [list(range(16))] * 4 != text.images.tolist()
+    assert black_text[1:] == text[1:]
+    assert all(torch.equal(a, b) for a, b in zip(black_image[1:3], image[1:3]))
+    assert black_image.prompts == image.prompts
 
 
 def test_misaligned_join(stages):
     """By string, 10 comes before 2: their scores change places."""
     samples = [Sample(f"preference-0-{i:05d}", "", "") for i in (1, 2, 10)]
-    scores = [Score(s.id, [Question(s.id, ["a"], "a")], [float(i)], [float(i)], [[]]) for i, s in enumerate(samples)]
-    stages["02"].make_pairs = lambda samples, scores: scores
+    scores = []
+    for i, s in enumerate(samples):
+        scores.append(Score(s.id, [Question(s.id, ["a"], "a")], [float(i)], [float(i)], [[]]))
+    stages["02"]["make_pairs"] = lambda samples, scores: scores
     switches.misaligned_join(stages)
-    joined = stages["02"].make_pairs(samples, scores)
+    joined = stages["02"]["make_pairs"](samples, scores)
     assert [s.id for s in joined] == [s.id for s in samples]
-    assert [s.image_scores for s in joined] == [[0.0], [2.0], [1.0]] and [s.caption_scores for s in joined] == [[0.0], [1.0], [2.0]]
+    assert [s.image_scores for s in joined] == [[0.0], [2.0], [1.0]]
+    assert [s.caption_scores for s in joined] == [[0.0], [1.0], [2.0]]
 
 
 def test_independent_shuffling(stages, pairs):
-    homologous = stages["03"].visits(pairs, 6, 4, 0)
+    homologous = stages["03"]["training_order"](pairs, 6, 4, 0)
     switches.independent_shuffling(stages)
-    apart = stages["03"].visits(pairs, 6, 4, 0)
-    assert [p.image_codes for p, _ in apart] == [p.image_codes for p, _ in homologous]
-    assert [p.win_caption_ids for p, _ in apart] == [p.win_caption_ids for p, _ in homologous]
-    assert [e for _, e in apart] == [e for _, e in homologous]
+    apart = stages["03"]["training_order"](pairs, 6, 4, 0)
+    for a, h in zip(apart, homologous, strict=True):
+        assert a.pair.image_codes == h.pair.image_codes
+        assert a.pair.win_caption_ids == h.pair.win_caption_ids
+        assert a.epoch == h.epoch
     by_text = {p.caption: p for p in pairs}
-    assert all(p.win_image_codes == by_text[p.caption].win_image_codes for p, _ in apart)  # text and images stay together
-    together = [p.image_codes == by_text[p.caption].image_codes for p, _ in apart]
+    for a in apart:  # text and images stay together
+        assert a.pair.win_image_codes == by_text[a.pair.caption].win_image_codes
+    together = [a.pair.image_codes == by_text[a.pair.caption].image_codes for a in apart]
     assert 0 < sum(together) < len(together)
 
 
-def test_product_loss(stages, model, pairs):
+def test_product_loss(stages):
     """At the start, where both margins are 0, its gradient is exactly 0; the sum's is not."""
-    und, gen = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
-    sum_ = stages["03"].preference_loss(und, 0.2) + stages["03"].preference_loss(gen, 0.2)
-    assert (torch.autograd.grad(sum_.sum(), und)[0] == -0.1).all()
-    switches.product_loss(stages)
+    und = torch.zeros(4, requires_grad=True)
+    gen = torch.zeros(4, requires_grad=True)
 
     def loss(und, gen):
-        return (stages["03"].preference_loss(und, 0.2) + stages["03"].preference_loss(gen, 0.2)).sum()
+        dpo_loss = stages["03"]["dpo_loss"]
+        return (dpo_loss(und, 0.2) + dpo_loss(gen, 0.2)).sum()
 
+    assert (torch.autograd.grad(loss(und, gen), und)[0] == -0.1).all()
+    switches.product_loss(stages)
     assert all((g == 0).all() for g in torch.autograd.grad(loss(und, gen), (und, gen)))
     two = torch.tensor([2.0])
-    assert loss(two, two).item() == pytest.approx(math.log(1 + math.exp(-0.8))) == loss(-two, -two).item()
+    assert loss(two, two).item() == pytest.approx(math.log(1 + math.exp(-0.8)))
+    assert loss(two, two).item() == loss(-two, -two).item()
+    stages["03"]["assert_healthy"]({"step": 0, "loss": math.log(2)}, [], None, True)
 
 
-def test_guidance_in_turn(stages, model, monkeypatch):
+def test_guidance_in_turn(stages, model):
     """Every image is the one that its own seed and guidance give."""
-    args = SimpleNamespace(seed=3, round=1, images=3, steps=4, guidance=7.0, temperature=1.0, anneal="compound",
-                           guidance_interval=(0.0, 1.0), guidance_every=1)
-    records = [SimpleNamespace(id=i, drawing_text=t) for i, t in enumerate(("a big ring", "square"))]
+    records = [Record("0", "", "a big ring"), Record("1", "", "square")]
     expected = {}
     for g in (0.0, 2.0):
-        monkeypatch.setattr(args, "guidance", g)
-        expected[g] = stages["01"].sample_images(model, records, args)  # (B, K, N)
+        sampling = ImageSampling(steps=4, guidance_scale=g)
+        expected[g] = stages["01"]["sample_images"](model, records, 3, sampling, SEED)  # (B, K, N)
     switches.guidance_in_turn(stages, "0", "2")
-    found = stages["01"].sample_images(model, records, args)
-    assert torch.equal(found[:, 1], expected[2.0][:, 1]) and torch.equal(found[:, ::2], expected[0.0][:, ::2])
+    sampling = ImageSampling(steps=4, guidance_scale=7.0)
+    codes = stages["01"]["sample_images"](model, records, 3, sampling, SEED)
+    assert torch.equal(codes[:, 1], expected[2.0][:, 1])
+    assert torch.equal(codes[:, ::2], expected[0.0][:, ::2])
     assert not torch.equal(expected[0.0], expected[2.0])
 
 
 def test_masks(stages, model, pairs):
-    """One mask is what training does; K give the mean of K; a mask and its complement score every slot once."""
-    one = halves(stages, model, pairs)
+    """K masks give the mean of K; a mask and its complement score every slot once."""
+    und, _ = pair_logps(stages, pairs, 0.0)
     switches.masks(stages, "1")
-    for a, b in zip(one, halves(stages, model, pairs)):
-        assert all(torch.equal(x[:, 1:], y[:, 1:]) for x, y in zip(a, b)) or a is one[1]
-    dpo = stages["03"]
-    rows = [[dpo.generation_row(model.tokens, p, 0, ARGS)[0]] for p in pairs]
+    und_of_one, _ = pair_logps(stages, pairs, 0.0)
+    assert torch.equal(und.sums, und_of_one.sums)
+    assert torch.equal(und.counts, und_of_one.counts)
+
     switches.masks(stages, "2", "complementary")
-    sums, counts = halves(stages, model, pairs)[1]
-    assert (counts[:, 1:] == 8).all()
+    _, gen = pair_logps(stages, pairs, 0.0)
+    assert (gen.counts == 8).all()
     expected = []
-    for row, p in zip(rows, pairs):
-        mask = switches.random_mask(16, switches.seed_of(3, 1, p.id, 0, "mask", 0))
-        found = torch.zeros(2)
-        for inverse in (False, True):
-            m = [x != inverse for x in mask]
-            branches = [image_segment(model.tokens, c, m) for c in (p.win_image_codes, p.lose_image_codes)]
+    for p in pairs:
+        prefix = Segment(model.tokens.t2i_prompt(p.caption))
+        mask = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 0))
+        mean = torch.zeros(2)
+        for m in (mask, ~mask):
+            images = [image_segment(model.tokens, codes, m.tolist())
+                      for codes in (p.win_image_codes, p.lose_image_codes)]
             with torch.no_grad():
-                found += model.logprobs([[*row, *branches]])[0][0, 1:] / 2
-        expected.append(found)
-    equal(sums[:, 1:], torch.stack(expected))
+                sums, _ = model.net.logps([[prefix, *images]])
+            mean += sums[0, 1:] / 2
+        expected.append(mean)
+    equal(gen.sums, torch.stack(expected))
 
 
-def test_mean_over_slots(stages, model, pairs):
-    _, (sums, counts) = halves(stages, model, pairs)
+def test_mean_over_slots(stages, pairs):
+    _, gen = pair_logps(stages, pairs)
     switches.mean_over_slots(stages)
-    _, (means, ones) = halves(stages, model, pairs)
-    equal(means[:, 1:], sums[:, 1:] / counts[:, 1:])
-    assert (ones[:, 1:] == 1).all()
+    _, mean = pair_logps(stages, pairs)
+    equal(mean.sums, gen.sums / gen.counts)
+    assert (mean.counts == 1).all()
 
 
 def test_label_smoothing(stages):
     switches.label_smoothing(stages, "0.25")
-    found = stages["03"].preference_loss(torch.tensor([3.0]), 1.0).item()
-    assert found == pytest.approx(0.75 * math.log(1 + math.exp(-3)) + 0.25 * math.log(1 + math.exp(3)))
+    loss = stages["03"]["dpo_loss"](torch.tensor([3.0]), 1.0).item()
+    expected = 0.75 * math.log(1 + math.exp(-3)) + 0.25 * math.log(1 + math.exp(3))
+    assert loss == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("what, least, kept", [("gap", "0.5", True), ("gap", "0.6", False), ("caption_gap", "0.25", True),
-                                               ("caption_gap", "0.3", False), ("codes", "2", True), ("codes", "3", False)])
+@pytest.mark.parametrize("what, least, kept", [
+    ("gap", "0.5", True), ("gap", "0.6", False), ("caption_gap", "0.25", True),
+    ("caption_gap", "0.3", False), ("codes", "2", True), ("codes", "3", False),
+])
 def test_filters(stages, what, least, kept):
-    pair = Pair("a", "", "", "", [], "", "", [], [], 0.75, 0.5, [1, 2, 3], [1, 5, 6], 1.0, 0.5, [], [])
-    stages["02"].curate = lambda *_: pair
+    pair = Pair("a", "", "", "", [], "", "", [], [], 0.75, 0.5,
+                [1, 2, 3], [1, 5, 6], 1.0, 0.5, [], [])
+    stages["02"]["curate"] = lambda *_: pair
     switches.filtered(stages, what, least)
-    assert stages["02"].curate() == (pair if kept else f"filtered: {what} below {float(least)}")
+    expected = pair if kept else f"filtered: {what} below {float(least)}"
+    assert stages["02"]["curate"]() == expected
 
 
 def test_chosen_by_oracle(stages):
-    """A drawing of exactly the caption's scene has score 1; an object too many, or another colour, 0. The rest stays."""
+    """A drawing of exactly the caption's scene has score 1; any mistake gives 0. The rest stays."""
     one, two, other = (np.full((4, 4), world.EMPTY) for _ in range(3))
     one[1, 2] = two[1, 2] = two[3, 3] = world.NAMES["big red ring"]
     other[1, 2] = world.NAMES["big blue ring"]
     pictures = np.stack([world.render(g) for g in (one, two, other)])
-    vq = SimpleNamespace(decode=lambda codes: torch.from_numpy(pictures[codes[:, 0].numpy()]).permute(0, 3, 1, 2) / 127.5 - 1)
-    sample = Sample("a", "", "a big red ring", questions=[Question(**q) for q in world.questions("a big red ring")])
-    shares, rights = switches.oracle(vq, sample, torch.tensor([[0], [1], [2]]))
-    assert rights == [1, 0, 0] and shares[0] == 1 > shares[2]
-    stages["02"].score_records = lambda *_: [dict(id="a", image_scores=[0.1, 0.9, 0.5], caption_scores=[1.0])]
+
+    def decode_image(codes):
+        pixels = torch.from_numpy(pictures[codes[:, 0].numpy()])
+        return pixels.permute(0, 3, 1, 2) / 127.5 - 1
+
+    painter = SimpleNamespace(decode_image=decode_image)
+    questions = [Question(**q) for q in world.questions("a big red ring")]
+    sample = Sample("a", "", "a big red ring", questions=questions)
+    shares, rights = switches.oracle(painter, sample, torch.tensor([[0], [1], [2]]))
+    assert rights == [1, 0, 0]
+    assert shares[0] == 1 > shares[2]
+
+    scores = dict(id="a", image_scores=[0.1, 0.9, 0.5], caption_scores=[1.0])
+    stages["02"]["score_records"] = lambda *_: [scores]
     switches.chosen_by_oracle(stages)
-    scored = stages["02"].score_records([sample], {"a/images": torch.tensor([[2], [0], [1]])}, None, vq)
+    tensors = {"a/images": torch.tensor([[2], [0], [1]])}
+    scored = stages["02"]["score_records"](painter, [sample], tensors)
     assert scored == [dict(id="a", image_scores=[0, 1, 0], caption_scores=[1.0])]
 
 
-def test_a_half_of_weight_zero_takes_no_part(stages, model, pairs, monkeypatch):
-    reference = torch.zeros(4, 2, 3)
+def test_a_half_of_weight_zero_takes_no_part(stages, pairs):
+    und, gen = pair_logps(stages, pairs)
+    reference = torch.zeros(4, 2, 2)
     losses = {}
-    for und, gen in ((1, 1), (1, 0), (0, 1)):
-        monkeypatch.setattr(ARGS, "und", und)
-        monkeypatch.setattr(ARGS, "gen", gen)
-        with torch.no_grad():
-            loss, log = stages["03"].loss_and_log(model, model.tokens, [(p, 0) for p in pairs], reference, ARGS, "cpu")
-        losses[und, gen] = loss.item(), log["loss_und"].item(), log["loss_gen"].item()
-    both, und, gen = (losses[k][0] for k in ((1, 1), (1, 0), (0, 1)))
-    assert both == pytest.approx(und + gen) and (und, gen) == pytest.approx(losses[1, 1][1:])
-
-
-def test_defaults_are_those_of_the_loop():
-    assert set(loop.DEFAULTS) == {"SAMPLE", "SCORE", "DPO", "EVAL"} and "--images 8" in loop.DEFAULTS["SAMPLE"]
+    for weights in ((1, 1), (1, 0), (0, 1)):  # of und, of gen
+        loss, log = stages["03"]["pair_dpo"](und, gen, reference, 0.2, *weights)
+        losses[weights] = loss.item()
+    assert losses[1, 1] == pytest.approx(losses[1, 0] + losses[0, 1])
+    assert losses[1, 0] == pytest.approx(log["loss_und"].item())
+    assert losses[0, 1] == pytest.approx(log["loss_gen"].item())
 
 
 def test_every_switch_of_the_studies_is_there():
     for name in STUDIES:
-        for how in import_module(name).VARIANTS.values():
-            for thrown in filter(None, (how.get(k) for k in ("sampling", "scoring", "training"))):
-                assert callable(getattr(switches, thrown.split()[0]))
+        for settings in import_module(name).VARIANTS.values():
+            for stage in ("sampling", "scoring", "training"):
+                if settings.get(stage):
+                    assert callable(getattr(switches, settings[stage].split()[0]))
 
 
-def test_interval_and_metrics():
-    cell = {"understood": [8, 9], "drawn": [4, 9], "questions": [8, 10], "everything": [0, 1], "caption": [500, 1000], "words": 3}
-    np.testing.assert_allclose(tables.metrics(cell), [[1, 0.5, 0.5, 0, 0.5], [0.9, 0.9, 0, 1, 1]])
-    assert tables.interval(np.full((3, 5), 0.25)) == "0.250 [0.250, 0.250]"
-    low, high = map(float, tables.interval(np.random.default_rng(0).normal(size=(2000, 1)))[:-1].split("[")[1].split(", "))
-    assert high - low == pytest.approx(2 * 1.96 / 2000**0.5, rel=0.2)  # of means of 2,000 draws
-    differing = tables.interval(np.array([[0.0] * 50, [1.0] * 50]))  # the seeds differ, the records do not
-    assert differing == "0.500 [0.000, 1.000]"
+# --------------------------------------------------------------------------------------------- loop
 
 
-def test_faults():
-    """Per 100 drawings over all seeds; a base that several variants share comes once."""
-    def cell(**faults):
-        return {"": {"everything": [0] * 10, "faults": faults}}
-    by_seed = [{"base": cell(relation=3), "round1": cell(relation=1)}, {"base": cell(), "round1": cell(relation=2)}]
-    results = {"a": dict(enumerate(by_seed)), "b": dict(enumerate([found | {"round1": cell()} for found in by_seed]))}
-    table, = tables.faults(results)
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
-    assert [(row[0], row[1 + tables.KINDS.index("relation")]) for row in rows[2:]] == [
-        ("a, base", "15.0"), ("a, round1", "15.0"), ("b, round1", "0.0")]
+def test_defaults_are_those_of_the_loop(monkeypatch):
+    assert set(loop.DEFAULTS) == {"SAMPLE", "SCORE", "DPO", "EVAL"}
+    assert "--images 8" in loop.DEFAULTS["SAMPLE"]
+    monkeypatch.setenv("SAMPLE", "--images 3")  # an override of run_selfplay.sh is none of a study
+    assert loop.default_options("SAMPLE") == loop.DEFAULTS["SAMPLE"]
 
 
-def test_mcnemar():
-    before, after = np.array([0] * 10 + [1] * 5), np.array([1] * 9 + [0] + [0] * 2 + [1] * 3)
-    p = 2 * (1 + 11 + 55) / 2**11  # 2 or fewer of 11 by a fair coin, both sides
-    assert mcnemar(before, after) == f"+9 −2, p = {p:.2g}" and mcnemar(before, before) == "+0 −0, p = 1"
-    assert mcnemar(np.zeros(20), np.ones(20)) == "+20 −0, p < 1e-4"
+def test_the_environment_makes_no_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    loop.default_options("EVAL")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cells, kind", [
     ({(0, 0): "big red ring"}, "objects missing"),
-    ({(0, 0): "big red ring", (0, 1): "small blue square", (3, 3): "small blue square"}, "objects too many"),
+    ({(0, 0): "big red ring", (0, 1): "small blue square", (3, 3): "small blue square"},
+     "objects too many"),
     ({(0, 0): "big red ring", (0, 1): "big blue square"}, "another object"),
-    ({(0, 1): "big red ring", (0, 0): "small blue square"}, "relation")])
+    ({(0, 1): "big red ring", (0, 0): "small blue square"}, "relation"),
+])
 def test_fault(cells, kind):
     grid = np.full((4, 4), world.EMPTY)
-    for at, what in cells.items():
-        grid[at] = world.NAMES[what]
+    for at, name in cells.items():
+        grid[at] = world.NAMES[name]
     caption = "a big red ring left of a small blue square"
-    assert not world.judge(grid, caption)["correct"] and loop.fault(grid, caption) == kind
+    assert not world.judge(grid, caption)["correct"]
+    assert loop.fault(grid, caption) == kind
 
 
 def test_renewed_records(tmp_path, monkeypatch):
     """Rounds of n captions each together are the first records of a seed, none twice."""
     monkeypatch.setattr(loop, "RUNS", tmp_path)
-    by_round = [loop.read(loop.records("preference", 3 * r, 0, 3 * (r - 1))) for r in (1, 2)]
-    assert [r for rows in by_round for r in rows] == loop.read(loop.records("preference", 6, 0))
-    unseen = loop.read(loop.records("eval", 12, 0, 7))
-    assert unseen == loop.read(tmp_path / "eval-12-0" / "records.jsonl")[7:]
+    by_round = []
+    for r in (1, 2):
+        by_round += read_jsonl(loop.records("preference", 3 * r, 0, 3 * (r - 1)), Record)
+    assert by_round == read_jsonl(loop.records("preference", 6, 0), Record)
+    unseen = read_jsonl(loop.records("eval", 12, 0, 7), Record)
+    assert unseen == read_jsonl(tmp_path / "eval-12-0" / "records.jsonl", Record)[7:]
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def test_interval_and_metrics():
+    cell = {"understood": [8, 9], "drawn": [4, 9], "questions": [8, 10], "everything": [0, 1],
+            "caption": [500, 1000], "words": 3}
+    expected = [[1, 0.5, 0.5, 0, 0.5], [0.9, 0.9, 0, 1, 1]]
+    np.testing.assert_allclose(tables.metrics(cell), expected)
+    assert tables.interval(np.full((3, 5), 0.25)) == "0.250 [0.250, 0.250]"
+    text = tables.interval(np.random.default_rng(0).normal(size=(2000, 1)))
+    low, high = map(float, text[:-1].split("[")[1].split(", "))
+    assert high - low == pytest.approx(2 * 1.96 / 2000**0.5, rel=0.2)  # of means of 2,000 draws
+    differing = tables.interval(np.array([[0.0] * 50, [1.0] * 50]))  # seeds differ, records do not
+    assert differing == "0.500 [0.000, 1.000]"
+
+
+def test_faults():
+    """Per 100 drawings over all seeds; a base that several variants share comes once."""
+
+    def cell(**faults):
+        return {"": {"everything": [0] * 10, "faults": faults}}
+
+    by_seed = [{"base": cell(relation=3), "round1": cell(relation=1)},
+               {"base": cell(), "round1": cell(relation=2)}]
+    others = [rounds | {"round1": cell()} for rounds in by_seed]
+    table, = tables.faults({"a": dict(enumerate(by_seed)), "b": dict(enumerate(others))})
+    column = 1 + tables.KINDS.index("relation")
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    found = [(row[0], row[column]) for row in rows[2:]]
+    assert found == [("a, base", "15.0"), ("a, round1", "15.0"), ("b, round1", "0.0")]
+
+
+def test_mcnemar():
+    before = np.array([0] * 10 + [1] * 5)
+    after = np.array([1] * 9 + [0] + [0] * 2 + [1] * 3)
+    p = 2 * (1 + 11 + 55) / 2**11  # 2 or fewer of 11 by a fair coin, both sides
+    assert mcnemar(before, after) == f"+9 −2, p = {p:.2g}"
+    assert mcnemar(before, before) == "+0 −0, p = 1"
+    assert mcnemar(np.zeros(20), np.ones(20)) == "+20 −0, p < 1e-4"
 
 
 def test_results_are_what_was_counted():
-    """The page's table of the main result is what its raw counts give, down to the last digit."""
+    """The tables of the main result are what its raw counts give, down to the last digit."""
     results = json.loads((tables.RESULTS / "main_result.json").read_text())["results"]
-    page = (tables.TOY / "RESULTS.md").read_text()
+    page = (tables.RESULTS / "main_result.md").read_text()
     for table in tables.tables(results, "Pair-DPO"):
         assert table in page
-    assert (tables.RESULTS / "main_result.svg").read_text() == tables.forest(results, "Pair-DPO")
-    for name in STUDIES:
-        assert page.count(f"<!-- {name} -->") == page.count(f"<!-- /{name} -->") == page.count(f"results/{name}.svg") == 1
+    picture = (tables.RESULTS / "main_result.svg").read_text()
+    assert picture == tables.forest(results, "Pair-DPO")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_page(name):
+    page = (tables.RESULTS / f"{name}.md").read_text()
+    for part in (f"<!-- {name} -->", f"<!-- /{name} -->", f"({name}.svg)"):
+        assert page.count(part) == 1
+    assert f"toy/studies/{name}.py" in page
+    assert f"({name}.md)" in (tables.RESULTS / "README.md").read_text()
 
 
 def test_publish(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "TOY", tmp_path)
-    page = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    page = tmp_path / "a.md"
     page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter <!-- b -->\n")
     tables.publish("a", [r"| new \1 |", "more"])
-    assert page.read_text() == "before\n<!-- a -->\n\n| new \\1 |\n\nmore\n\n<!-- /a -->\nafter <!-- b -->\n"
+    expected = "before\n<!-- a -->\n\n| new \\1 |\n\nmore\n\n<!-- /a -->\nafter <!-- b -->\n"
+    assert page.read_text() == expected
+    (tmp_path / "b.md").write_text("<!-- b -->\n")
     with pytest.raises(ValueError, match="marks of b"):
         tables.publish("b", [""])
+
+
+# ------------------------------------------------------------------------------------------- scorer
 
 
 def test_agreement_with_the_oracle():
@@ -309,21 +413,26 @@ def test_agreement_with_the_oracle():
     assert spearman(np.array([1, 2, 3]), np.array([10, 30, 20])) == pytest.approx(0.5)
     assert math.isnan(spearman(np.array([1, 1]), np.array([1, 2])))
     score = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    share, right = np.array([[1.0, 0.5], [0.5, 0.25], [1, 0]]), np.array([[1, 0], [0, 0], [1, 0]])
-    assert agreement(score, share, right) == pytest.approx([2, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0])
+    share = np.array([[1.0, 0.5], [0.5, 0.25], [1, 0]])
+    right = np.array([[1, 0], [0, 0], [1, 0]])
+    expected = [2, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0]
+    assert agreement(score, share, right) == pytest.approx(expected)
 
 
-def test_likelihood_equals_plain(stages, model, pairs):
+def test_likelihood_equals_plain(model, pairs):
     images = torch.tensor([p.win_image_codes for p in pairs])
     with torch.no_grad():
-        found = stages["02"].likelihood(model, images, [p.caption for p in pairs])
+        scores = caption_likelihood(model, images, [p.caption for p in pairs])
     tokens = model.tokens
-    for score, p in zip(found, pairs):
-        row = [switches.Segment(tokens.look(p.win_image_codes), bidirectional=True),
-               stages["03"].answer_segment(tokens.ask(stages["02"].CAPTION_QUESTION), [*tokens.encode(p.caption), tokens.eot])]
+    prompt = tokens.text_prompt(CAPTION_QUESTION)
+    for score, p in zip(scores, pairs):
+        caption = tokens.encode(p.caption)
+        row = [Segment(tokens.mmu_prompt(p.win_image_codes), bidirectional=True),
+               answer_segment(prompt, [*caption, tokens.eot])]
         ids, targets, attend = sequence(tokens, row, 1)
         with torch.no_grad():
-            logprobs = F.log_softmax(logits_of(model, ids, attend)[0], -1)
+            logps = F.log_softmax(logits_of(model.net, ids, attend)[0], -1)  # (T, V)
         at = targets[0] >= 0
-        assert at.sum() == len(tokens.encode(p.caption)) + 1
-        assert score == pytest.approx(logprobs[at].gather(1, targets[0][at][:, None]).mean().exp().item(), rel=1e-4)
+        assert at.sum() == len(caption) + 1
+        of_caption = logps[at].gather(1, targets[0][at][:, None])
+        assert score == pytest.approx(of_caption.mean().exp().item(), rel=1e-4)

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--guidance", type=float, default=0.0, help="image log-probs of (1 + g)·cond − g·uncond")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, default=3000, help="optimizer steps")
-    add("--epochs", type=float, help="passes over the pairs, instead of --steps")
+    add("--epochs", type=float, help="passes over the pairs, instead of --steps [0: --steps]")
     add("--batch", type=int, default=32, help="records per step, over all processes (paper: 8 x 4)")
     add("--micro-batch", type=int, default=4, help="records per forward pass and process")
     add("--lr", type=float, default=2e-5, help="highest learning rate")
@@ -213,8 +213,8 @@ def assert_healthy(log: dict, ids: list[str], out: Path, own_reference: bool) ->
     start = log["loss_und"] + log["loss_gen"]
     expected = 2 * math.log(2)
     if log["step"] == 0 and own_reference and abs(start - expected) > 1e-5:
-        raise InputError(f"step 0: loss {start:.6f} instead of 2·ln 2 = {expected:.6f}: {out}/"
-                         "reference.safetensors does not belong to this policy; use --overwrite")
+        raise InputError(f"step 0: loss {start:.6f} instead of 2·ln 2 = {expected:.6f}: another loss, "
+                         f"or {out}/reference.safetensors of another policy (use --overwrite)")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -7,7 +7,9 @@
 OUT=${OUT:-runs/show-o}         # everything is written here
 ROUNDS=${ROUNDS:-3}
 SEED=${SEED:-0}
-LAUNCH=${LAUNCH:-accelerate launch --num_processes 8}   # one process per GPU
+# one process per GPU; said in full, so that accelerate has nothing to remark
+ONE_HOST="--num_machines 1 --mixed_precision no --dynamo_backend no"
+LAUNCH=${LAUNCH:-accelerate launch --num_processes 8 $ONE_HOST}
 BASE=${BASE:-showlab/show-o-512x512}                    # the policy of round 0
 TRAIN=${TRAIN:-initial_data.json}                       # the original's records, or our JSONL
 HELD_OUT=${HELD_OUT:-held_out.jsonl}                    # records with questions, for the gap

@@ -5,7 +5,7 @@
 OUT=${OUT:-runs/toy}            # everything is written here
 ROUNDS=${ROUNDS:-2}
 SEED=${SEED:-0}
-LAUNCH=${LAUNCH:-python}        # "torchrun --nproc-per-node 2": two processes
+LAUNCH=${LAUNCH:-python}        # two processes: "torchrun --nproc-per-node 2", OMP_NUM_THREADS=1
 BASE=${BASE:-toy/base}          # the policy of round 0
 TRAIN=${TRAIN:-$OUT/preference/records.jsonl}   # made by toy/world.py if they are not there
 HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}

@@ -6,7 +6,9 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerForUniversalSegmentation
+# from the package itself, transformers 5.5 to 5.17 ask for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.mask2former import modeling_mask2former
 
 from evals.judges import Clip

@@ -37,7 +37,7 @@ def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str
     right = max(p[0] for p in points) or 1
     grid = grid_step(max(max(ys) - min(ys), 1e-6) / 5)
     bottom = math.floor(min(ys) / grid) * grid
-    top = math.ceil(max(ys) / grid) * grid
+    top = max(math.ceil(max(ys) / grid) * grid, bottom + grid)  # a flat line has a height, too
 
     def place(x, y):
         return 40 + 370 * x / right, 216 - 200 * (y - bottom) / (top - bottom)

@@ -287,7 +287,8 @@ class Showo(nn.Module):
         slot = (row * S + p.segments)[labelled]  # (M,)
         sums = torch.zeros(B * S, device=p.ids.device).index_add(0, slot, logps)
         counts = torch.zeros(B * S, device=p.ids.device).index_add(0, slot, torch.ones_like(logps))
-        return sums.view(B, S), counts.view(B, S)
+        # FSDP warns of outputs that are views
+        return sums.view(B, S).clone(), counts.view(B, S).clone()
 
     def label_logps(self, hidden, labels, head, at_once: int = 2048) -> torch.Tensor:
         """(M, D), (M,) -> (M,) log-probs.

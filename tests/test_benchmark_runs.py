@@ -1021,6 +1021,14 @@ def test_report_without_rounds(finished):
     assert "Paired difference" not in page and page.count("<svg") == 1 and "round1: 2/2" not in page
 
 
+def test_report_of_a_single_step(finished):
+    """After one step, all margins and changes are 0: their chart is flat."""
+    keys = lines(finished / "round1" / "train" / "train.jsonl")[0]
+    put_lines(finished / "round1" / "train" / "train.jsonl", [{**dict.fromkeys(keys, 0.0), "step": 0}])
+    page = reported(finished)
+    assert page.count("<svg") == page.count("</svg>") == 1 + 3 and "nan" not in page
+
+
 def test_report_needs_the_base(finished):
     shutil.rmtree(finished / "eval" / "base")
     with pytest.raises(InputError, match="eval/base/answers.jsonl: missing"):

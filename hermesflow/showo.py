@@ -310,10 +310,6 @@ class Showo(nn.Module):
         codes = slice(self.tokens.first_code, self.tokens.mask)
         return F.linear(hidden, head.weight[codes], head.bias[codes]).float()
 
-    def logps(self, rows: list[list[Segment]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums and counts (B, S+1) of rows of segments."""
-        return self(pack(rows, self.tokens.pad, self.device))[0]
-
     def checkpoint_activations(self, on: bool = True) -> None:
         """Compute each layer again in the backward pass instead of keeping its activations."""
         if on:

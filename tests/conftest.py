@@ -3,16 +3,9 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "tests" / "golden"))
-
-
-@pytest.fixture(scope="session")
-def golden_dir():
-    return GOLDEN
 
 
 def stage(name: str):

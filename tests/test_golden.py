@@ -17,6 +17,7 @@ from hermesflow.prefixes import TextPrefix
 from hermesflow.sampling import MASKED, cosine_mask_count, mask_by_random_topk
 from hermesflow.showo import Segment, Showo, answer_segment, build_showo, image_segment, pack
 from model import ImageSampling, Model, TextRequest
+from tiny import row_logps
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 pair_dpo = stage("03_pair_dpo")
@@ -276,8 +277,8 @@ def pair_dpo_columns(policy, reference):
     columns = torch.empty(2, len(COLUMNS))
     for half, rows in (("t2i", with_frame(t2i_rows(policy.tokens))),
                        ("mmu", mmu_rows(policy.tokens))):
-        sums = {"policy": policy.logps(rows)[0][:, 1:],
-                "ref": reference.logps(rows)[0][:, 1:].detach()}  # (B, 2): win, lose
+        sums = {"policy": row_logps(policy, rows)[0][:, 1:],
+                "ref": row_logps(reference, rows)[0][:, 1:].detach()}  # (B, 2): win, lose
         for who in sums:
             columns[:, COLUMNS[f"{who}_win_{half}"]] = sums[who][:, 0]
             columns[:, COLUMNS[f"{who}_lose_{half}"]] = sums[who][:, 1]

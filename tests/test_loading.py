@@ -25,7 +25,7 @@ from hermesflow.magvit import Magvit, MagvitConfig
 from hermesflow.pictures import load_image
 from hermesflow.showo import Segment, Tokens, answer_segment, build_showo, image_segment
 from model import Model, load, save
-from tiny import tiny_model
+from tiny import row_logps, tiny_model
 from toy import pretrain
 
 TEXT = ("user assistant give a caption for this image big small red blue ring cross left of two "
@@ -93,7 +93,7 @@ def behaviour(model: Model) -> list[torch.Tensor]:
                  image_segment(tokens, [1, 2, 3, 4], [True, False, True, True])]
     pixels = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
     codes = torch.tensor([[0, 5, 10, 15]])
-    return [model.net.logps([text_row])[0], model.net.logps([image_row])[0],
+    return [row_logps(model.net, [text_row])[0], row_logps(model.net, [image_row])[0],
             model.vq.encode(pixels), model.vq.decode(codes)]
 
 

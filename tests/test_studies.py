@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from tiny import tiny_model
+from tiny import row_logps, tiny_model
 
 from bench.reference import logits_of, sequence
 from hermesflow.options import ImageSampling
@@ -210,7 +210,7 @@ def test_masks(stages, model, pairs):
             images = [image_segment(model.tokens, codes, m.tolist())
                       for codes in (p.win_image_codes, p.lose_image_codes)]
             with torch.no_grad():
-                sums, _ = model.net.logps([[prefix, *images]])
+                sums, _ = row_logps(model.net, [[prefix, *images]])
             mean += sums[0, 1:] / 2
         expected.append(mean)
     equal(gen.sums, torch.stack(expected))

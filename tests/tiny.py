@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from hermesflow.magvit import Magvit, MagvitConfig
-from hermesflow.showo import Showo, build_showo
+from hermesflow.showo import Showo, build_showo, pack
 from model import Model
 
 WORDS = ("user assistant give a caption for this image question choice yes no big small red blue "
@@ -45,3 +45,8 @@ def tiny_model(seed: int = 0, bits: int = 5, spread: float = 6.0) -> Model:
     blocks = (0, 0, 0, 0, 1)
     vq = Magvit(MagvitConfig(32, bits, ones, blocks, ones, blocks))
     return Model(net, vq.eval().requires_grad_(False))
+
+
+def row_logps(net: Showo, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and counts (B, S+1) of the log-probs of rows of segments."""
+    return net(pack(rows, net.tokens.pad))[0]

@@ -1,9 +1,9 @@
 """Stage 1, sampling: the policy writes n captions of every image, draws K images of every caption.
 
 reads   records (our JSONL, or the original initial_data.json with vqa_data.json) and a checkpoint
-writes  OUT/samples.jsonl         the records with the captions as text
-        OUT/samples.safetensors   ID/image (N,), ID/images (K, N), ID/captions (n, L; -1 pads):
-                                  exactly the tokens that were sampled, to be scored and trained on
+writes  OUT/samples.jsonl         the records with the captions as text; their tensors are in
+        OUT/samples-00000.safetensors, …   image (N,), images (K, N), captions (n, L; -1 pads) of
+                                  many records each: exactly the tokens that were sampled
         OUT/images, OUT/sheet.png pictures of the first records, for people
         OUT/skipped.txt           why records were left out
 
@@ -14,8 +14,10 @@ writes  OUT/samples.jsonl         the records with the captions as text
 
 from pathlib import Path
 
-from hermesflow.options import (add_model_options, add_sampling_options, model_inputs,
-                                require_positive, sampling_from, stage_parser)
+from hermesflow.inputs import read_records
+from hermesflow.options import (COUNT, SEED, add_model_options, add_sampling_options, folder,
+                                integer, model_inputs, number, sampling_from, stage_parser)
+from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
 RELEASED_SETTINGS = [(1, 1.0), (2, 0.1), (2, 0.7), (2, 2.0), (3, 0.1), (3, 0.7), (3, 2.0), (4, 0.1),
@@ -25,59 +27,74 @@ RELEASED_SETTINGS = [(1, 1.0), (2, 0.1), (2, 0.7), (2, 2.0), (3, 0.1), (3, 0.7),
 def decoding_setting(text: str) -> tuple[int, float]:
     """K:T as (top_k, temperature)."""
     top_k, _, temperature = text.partition(":")
-    if int(top_k) < 0 or not float(temperature) > 0:
-        raise ValueError(text)
-    return int(top_k), float(temperature)
+    return integer(0)(top_k), number(0.001, 1000)(temperature)
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("input and output").add_argument
-    add("--records", help="records.jsonl, or the original initial_data.json")
-    add("--questions", help="the original vqa_data.json, joined to the records by id")
-    add("--out", type=Path, default=Path("runs/try"), help="output folder")
+    add("--records", type=Path, help="records.jsonl, or the original initial_data.json")
+    add("--questions", type=Path, help="the original vqa_data.json, joined to the records by id")
+    add("--out", type=folder, default=Path("runs/try"), help="output folder")
     add("--overwrite", action="store_true", help="empty OUT first")
     add("--strict", action="store_true", help="stop at a bad record instead of skipping it")
-    add("--show", type=int, default=8, help="records to write pictures of")
+    add("--show", type=integer(0), default=8, help="records to write pictures of")
     add = parser.add_argument_group("instead of records").add_argument
     add("--prompt", help="draw this text and stop")
     add("--image", help="caption this file and stop")
     add_model_options(parser)
     add = parser.add_argument_group("captions").add_argument
-    add("--captions", type=int, default=10, help="per image")
+    add("--captions", type=COUNT, default=10, help="per image")
     add("--caption-settings", type=decoding_setting, nargs="+", metavar="K:T",
         default=RELEASED_SETTINGS,
         help="top-k:temperature, in turn; top-k 1: greedy, 0: all tokens [the ten released]")
-    add("--max-new-tokens", type=int, default=100, help="per caption")
+    add("--max-new-tokens", type=COUNT, default=100, help="per caption")
     add = parser.add_argument_group("images").add_argument
-    add("--images", type=int, default=16, help="per caption")
+    add("--images", type=COUNT, default=16, help="per caption")
     add_sampling_options(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--round", type=int, default=1, help="self-play round: enters all seeds")
-    add("--seed", type=int, default=0, help="enters all seeds")
-    add("--batch", type=int, default=4, help="records at a time; does not change results")
+    add("--round", type=COUNT, default=1, help="self-play round: enters all seeds")
+    add("--seed", type=SEED, default=0, help="enters all seeds")
+    add("--batch", type=COUNT, default=4, help="records at a time; does not change results")
     args = parser.parse_args(argv)
     if args.records is None and args.prompt is None and args.image is None:
         parser.error("one of --records, --prompt, --image is needed")
-    require_positive(parser, args, "captions", "images", "batch", "max_new_tokens", "steps")
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+def output_of(args, records=None) -> Output:
+    """What decides the samples. records: what was read of args.records, if it was."""
 
-import shutil
+    def contents():
+        for r in records or read_records(args.records, args.questions, []):
+            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
+
+    return Output(args.out, "01_sample", "samples.jsonl",
+                  writes=("samples.jsonl", "images", "sheet.png", "skipped.txt"), args=vars(args),
+                  inputs={"records": contents, **model_inputs(args)}, derived=("show",),
+                  free=("questions", "prompt", "image", "device", "batch", "strict"),
+                  code=(__file__,))
+
+
+# before the heavy imports, so that --help, a mistake and a complete output are answered at once
+if __name__ == "__main__":
+    ARGS = parse_args()
+    if ARGS.records:
+        run_main(lambda: exit_if_complete(output_of(ARGS)))
+
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain, count, islice
 
 import torch
 from tqdm import tqdm
 
-from hermesflow.files import InputError, save_tensors, write_text
+from hermesflow.files import InputError, write_text
 from hermesflow.pictures import image_grid, load_image, record_image, save_picture, to_pil
-from hermesflow.records import (CAPTION_QUESTION, Record, Sample, read_records, skipping,
-                                write_jsonl)
-from hermesflow.runs import map_records, prepare_output, run_main, say
+from hermesflow.records import CAPTION_QUESTION, Record, Sample, skipping
+from hermesflow.runs import Earlier, Results, map_records, prepare_output, say
 from hermesflow.sampling import ImageSampling, TextRequest, stable_seed
+from hermesflow.tables import tensors_of, write_table
 from model import Model, load_from
 
 # ------------------------------------------------------------ the two halves of homologous sampling
@@ -116,35 +133,42 @@ def sample_images(model: Model, records: list[Record], count: int, sampling: Ima
 # --------------------------------------------------------------------------------- input and output
 
 
-def save_samples(model: Model, records: list[Record], results: list[dict], out: Path) -> None:
-    """samples.safetensors, then samples.jsonl, whose presence says that the stage is complete."""
-    tensors = {}
-    samples = []
+def as_result(sample: Sample) -> dict:
+    """What `main` had sampled for a record, from the finished table."""
+    tensors = tensors_of(sample)
+    captions = [[t for t in ids if t >= 0] for ids in tensors["captions"].tolist()]
+    return {"id": sample.id, "image": tensors["image"].tolist(), "captions": captions,
+            "images": tensors["images"].tolist()}
+
+
+def sampled(model: Model, records: Sequence[Record], results: Results):
+    """Every record that was sampled, and its tensors."""
     for r, result in zip(records, results):
+        if "skipped" in result:
+            continue
         captions = result["captions"]
-        longest = max(map(len, captions), default=0)
+        longest = max(map(len, captions))
         padded = [ids + [-1] * (longest - len(ids)) for ids in captions]
-        tensors[f"{r.id}/image"] = torch.tensor(result["image"], dtype=torch.int32)
-        tensors[f"{r.id}/images"] = torch.tensor(result["images"], dtype=torch.int32)
-        tensors[f"{r.id}/captions"] = torch.tensor(padded, dtype=torch.int32)
         texts = [model.decode_text(ids) for ids in captions]
-        samples.append(Sample(r.id, r.image, r.caption, r.prompt, r.questions, texts))
-    save_tensors(out / "samples.safetensors", tensors)
-    write_jsonl(out / "samples.jsonl", samples)
+        yield Sample(r.id, r.image, r.caption, r.prompt, r.questions, texts), {
+            "image": torch.tensor(result["image"]),  # (N,)
+            "images": torch.tensor(result["images"]),  # (K, N)
+            "captions": torch.tensor(padded, dtype=torch.long)}  # (n, L)
 
 
-def save_pictures(model: Model, records: list[Record], results: list[dict], out: Path) -> None:
-    """Real image and drawings of a few records, as files and as one contact sheet."""
+def save_pictures(model: Model, samples, out: Path) -> None:
+    """Real image and drawings of a few samples, as files and as one contact sheet."""
     rows = []
-    for r, result in zip(records, results):
-        drawings = to_pil(model.decode_image(torch.tensor(result["images"])))
+    labels = []
+    for sample, tensors in samples:
+        drawings = to_pil(model.decode_image(tensors["images"]))
         for k, picture in enumerate(drawings):
-            save_picture(picture, out / "images" / r.id / f"{k:02d}.png")
-        real = to_pil(load_image(r.image, model.image_size)[None])
+            save_picture(picture, out / "images" / sample.id / f"{k:02d}.png")
+        real = to_pil(load_image(sample.image, model.image_size)[None])
         rows.append([*real, *drawings])
+        labels.append(sample.drawing_text)
     if rows:  # not with --show 0
-        sheet = image_grid(rows, [r.drawing_text for r in records], 96)
-        save_picture(sheet, out / "sheet.png")
+        save_picture(image_grid(rows, labels, 96), out / "sheet.png")
 
 
 def report_skipped(reasons: list[str], out: Path) -> None:
@@ -157,6 +181,12 @@ def report_skipped(reasons: list[str], out: Path) -> None:
 # --------------------------------------------------------------------------------------- try by eye
 
 
+def unused(path: Path) -> Path:
+    """`path`, or with the first number behind its name that no file has."""
+    names = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
+    return next(p for p in chain([path], names) if not p.exists())
+
+
 def draw_prompt(model: Model, prompt: str, count: int, sampling: ImageSampling, seed: tuple,
                 out: Path) -> None:
     """OUT/prompt.png: `count` images of one prompt, four at a time."""
@@ -167,7 +197,7 @@ def draw_prompt(model: Model, prompt: str, count: int, sampling: ImageSampling, 
         codes = model.generate_images([prompt] * len(seeds), seeds, sampling)
         pictures += to_pil(model.decode_image(codes))
     rows = [pictures[i : i + 8] for i in range(0, count, 8)]
-    file = out / "prompt.png"
+    file = unused(out / "prompt.png")
     save_picture(image_grid(rows, [prompt] * len(rows), 160), file)
     print(f"{count} images of {prompt!r}: {file}")
 
@@ -202,10 +232,9 @@ def main(args):
 
     skipped = None if args.strict else []
     records = read_records(args.records, args.questions, skipped)
-    inputs = {"records": args.records, "questions": args.questions,
-              "images": [r.image for r in records], **model_inputs(args)}
-    if not prepare_output(args.out, vars(args), "samples.jsonl", inputs):
-        return say(f"{args.out / 'samples.jsonl'} is complete")
+    output = output_of(args, records)
+    if not prepare_output(output):
+        return
     say(f"round {args.round}: sampling {len(records)} records with {args.model}")
     model = load_from(args)
 
@@ -229,21 +258,21 @@ def main(args):
                                 "images": images[i].tolist()})
         return results
 
+    file = args.out / "samples.jsonl"
+    earlier = Earlier(file, Sample, as_result)
     results = map_records(sample, records, args.out, args.batch, "sample",
-                          length=lambda r: model.prompt_length(r.drawing_text))
+                          length=lambda r: model.prompt_length(r.drawing_text), earlier=earlier)
     if results is None:
         return  # the main process writes
-    reasons = (skipped or []) + [r["skipped"] for r in results if "skipped" in r]
-    report_skipped(reasons, args.out)
-    good = [(r, result) for r, result in zip(records, results) if "skipped" not in result]
-    if not good:
-        raise InputError(f"{args.records}: no record left; {reasons[0]}")
-    records, results = zip(*good)
-    save_pictures(model, records[: args.show], results[: args.show], args.out)
-    save_samples(model, records, results, args.out)
-    shutil.rmtree(args.out / "parts")
+    unusable = [r["skipped"] for r in results if "skipped" in r]
+    report_skipped([*(skipped or []), *unusable], args.out)
+    if len(unusable) == len(results):
+        raise InputError(f"{args.records}: no record left; {unusable[0]}")
+    save_pictures(model, islice(sampled(model, records, results), args.show), args.out)
+    written = write_table(file, sampled(model, records, results))
+    finish(output)
     counts = f"{args.captions} captions and {args.images} images each"
-    print(f"{len(records)} records, {counts}: {args.out}")
+    print(f"{written} records, {counts}: {args.out}")
 
 
 if __name__ == "__main__":

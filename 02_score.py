@@ -1,9 +1,10 @@
 """Stage 2, scoring: the policy judges its captions and images; best and worst become pairs.
 
-reads   samples.jsonl and samples.safetensors of stage 1, a checkpoint, the last round's pairs
+reads   samples.jsonl of stage 1 with its shards, a checkpoint, the last round's pairs
 writes  OUT/scores.jsonl   every score, every answer, and why a record gives no pair
-        OUT/pairs.jsonl    (x, y, y_w, y_l, x_w, x_l) with scores, token ids and image codes, as
-                           flat JSON lines that datasets.load_dataset("json", …) takes
+        OUT/pairs.jsonl    (x, y, y_w, y_l, x_w, x_l) with scores, as flat JSON lines that
+                           datasets.load_dataset("json", …) takes; the tokens to train on are in
+        OUT/pairs-00000.safetensors, …
         OUT/pairs.png, OUT/images   the first pairs, for people
 
     python 02_score.py --samples runs/try/samples --out runs/try/pairs
@@ -16,16 +17,19 @@ allenai/unifiedqa-v2-t5-large-1363200.
 
 from pathlib import Path
 
-from hermesflow.options import add_model_options, model_inputs, require_positive, stage_parser
+from hermesflow.jsonl import lines_of
+from hermesflow.options import (COUNT, add_model_options, folder, integer, model_inputs, number,
+                                stage_parser)
+from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("input and output").add_argument
     add("--samples", type=Path, required=True, help="output folder of 01_sample.py")
-    add("--out", type=Path, required=True, help="output folder")
+    add("--out", type=folder, required=True, help="output folder")
     add("--overwrite", action="store_true", help="empty OUT first")
-    add("--show", type=int, default=8, help="pairs in the gallery")
+    add("--show", type=integer(0), default=8, help="pairs in the gallery")
     add_model_options(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--caption-scorer", default="token-f1",
@@ -36,98 +40,94 @@ def parse_args(argv=None):
         help="share of questions answered right, or mean probability of the caption's tokens given "
              "the image, which is lower: with --min-image-score 0.3")
     add("--reencode", action="store_true", help="judge images after decoding and encoding again")
-    add("--max-new-tokens", type=int, default=20, help="per answer")
+    add("--max-new-tokens", type=COUNT, default=20, help="per answer")
     add("--question-model", help="writes questions for records that have none")
     add("--qa-model", help="filters the written questions")
     add = parser.add_argument_group("pairs").add_argument
     add("--previous", type=Path, help="pairs.jsonl of the last round, for Eq. 9–10; joined by id")
-    add("--min-image-score", type=float, default=0.6, help="the best image must be above it")
+    add("--min-image-score", type=number(-1, 1), default=0.6,
+        help="the best image must be above it")
     add = parser.add_argument_group("run").add_argument
-    add("--batch", type=int, default=1, help="records at a time; does not change results")
+    add("--batch", type=COUNT, default=1, help="records at a time; does not change results")
     args = parser.parse_args(argv)
     if bool(args.question_model) != bool(args.qa_model):
         parser.error("--question-model and --qa-model go together")
-    require_positive(parser, args, "batch", "max_new_tokens")
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+def output_of(args) -> Output:
+    """What decides the scores; pairs are made from them again in seconds."""
+    inputs = {"samples": lambda: lines_of(args.samples / "samples.jsonl"),
+              "caption_scorer": None if args.caption_scorer == "token-f1" else args.caption_scorer,
+              "matcher": None if args.matcher == "text" else args.matcher,
+              "question_model": args.question_model, "qa_model": args.qa_model}
+    return Output(args.out, "02_score", "pairs.jsonl",
+                  writes=("scores.jsonl", "pairs.jsonl", "pairs.png", "images"), args=vars(args),
+                  inputs=inputs | model_inputs(args), made_from={"previous": args.previous},
+                  derived=("show", "min_image_score"), free=("device", "batch"), code=(__file__,))
 
-import shutil
+
+# before the heavy imports, so that --help, a mistake and a complete output are answered at once
+if __name__ == "__main__":
+    ARGS = parse_args()
+    run_main(lambda: exit_if_complete(output_of(ARGS)))
+
+import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from hermesflow.files import InputError
-from hermesflow.pictures import image_grid, save_picture, to_pil
-from hermesflow.records import (Pair, Question, Sample, Score, check_samples, parse_record,
-                                read_jsonl, read_samples, write_jsonl)
-from hermesflow.runs import map_records, prepare_output, run_main, say
+from hermesflow.jsonl import Lines, read_jsonl, write_jsonl
+from hermesflow.pictures import save_pair_gallery
+from hermesflow.records import Pair, Question, Sample, Score, about, parse_record
+from hermesflow.runs import Earlier, map_records, prepare_output, say
 from hermesflow.scoring import (QuestionWriter, answer_matcher, answer_questions,
-                                caption_likelihood, caption_scorer, is_correct)
+                                caption_likelihood, caption_scorer, is_correct, reencode)
+from hermesflow.tables import check_pairs, check_samples, tensors_of, write_table
 from model import Model, load_from
 
 # ------------------------------------------------------------------------------------------- scores
 
 
-def accuracy(answers: list[str], questions: list[Question], match) -> float:
-    """Acc(x): the share of questions that are answered right."""
-    return sum(is_correct(answers, questions, match)) / len(questions)
-
-
-def score_by_questions(model: Model, questions: list[list[Question]], images: list[torch.Tensor],
-                       match, max_new_tokens: int) -> list[tuple[list[float], list[list[str]]]]:
-    """Per record its K accuracies, and the K lists of answers that they come from.
-
-    images: (K, N) codes per record. A record without questions has no scores.
-    """
-    about_each_image = []
-    for asked, codes in zip(questions, images):
-        about_each_image += [asked] * len(codes)
-    answers = answer_questions(model, torch.cat(images), about_each_image, max_new_tokens)
-    answers = iter(answers)
-    results = []
-    for asked, codes in zip(questions, images):
-        own = [next(answers) for _ in codes]
-        scores = [accuracy(a, asked, match) for a in own] if asked else []
-        results.append((scores, own))
-    return results
-
-
-def reencode(model: Model, codes: torch.Tensor) -> torch.Tensor:
-    """(B, N) codes decoded to 8-bit pixels and encoded again: what a viewer of them knows."""
-    pixels = model.decode_image(codes).clamp(-1, 1)
-    return model.encode_image((pixels + 1).mul(127.5).round() / 127.5 - 1)
-
-
 @torch.inference_mode()
-def score_records(model: Model, samples: list[Sample], tensors: dict, score_captions, match,
-                  write_questions, by_likelihood: bool, reencoded: bool,
-                  max_new_tokens: int) -> list[dict]:
-    """The fields of `Score` for some records.
-
-    score_captions, match: as in hermesflow/scoring.py; write_questions: caption -> questions, or
-    None, for records without any.
-    """
+def score_records(model: Model, samples: list[Sample], score_captions, match, write_questions,
+                  by_likelihood: bool, reencoded: bool, max_new_tokens: int) -> list[Score]:
+    """The scores of some records; write_questions: caption -> questions, where there are none."""
     questions = [s.questions for s in samples]
     if write_questions:
         questions = [s.questions or write_questions(s.caption) for s in samples]
-    images = [tensors[f"{s.id}/images"].long().to(model.device) for s in samples]  # (K, N) each
+    images = torch.cat([tensors_of(s)["images"] for s in samples]).to(model.device)  # (S·K, N)
     if reencoded:
-        images = [reencode(model, codes) for codes in images]
+        images = reencode(model, images)
+    K = len(images) // len(samples)
     if by_likelihood:
-        judged = [(caption_likelihood(model, codes, [s.caption] * len(codes)), [])
-                  for s, codes in zip(samples, images)]
+        captions = [s.caption for s in samples for _ in range(K)]
+        likelihoods = iter(caption_likelihood(model, images, captions))
     else:
-        judged = score_by_questions(model, questions, images, match, max_new_tokens)
-    results = []
-    for s, asked, (scores, answers) in zip(samples, questions, judged):
-        caption_scores = score_captions(s.captions, s.caption)
-        results.append({"id": s.id, "questions": [vars(q) for q in asked], "answers": answers,
-                        "image_scores": scores, "caption_scores": caption_scores})
-    return results
+        asked = [about_it for about_it in questions for _ in range(K)]
+        answers = iter(answer_questions(model, images, asked, max_new_tokens))
+
+    scores = []
+    for s, asked in zip(samples, questions):
+        score = Score(s.id, asked, [], [], [], [])
+        with about(f"id {s.id!r}"):
+            score.caption_scores = score_captions(s.captions, s.caption)
+            if by_likelihood:
+                score.image_scores = list(islice(likelihoods, K))
+            elif asked:
+                score.answers = list(islice(answers, K))
+                score.correct = [is_correct(a, asked, match) for a in score.answers]
+                # Acc(x): the share of questions that are answered right
+                score.image_scores = [sum(right) / len(asked) for right in score.correct]
+            if not all(map(math.isfinite, [*score.caption_scores, *score.image_scores])):
+                raise InputError("a score is NaN or infinite")
+        scores.append(score)
+    return scores
 
 
 # ----------------------------------------------------------------------------------------- curation
@@ -137,9 +137,8 @@ class Candidate(NamedTuple):
     """A caption or an image of the policy, with its score."""
 
     score: float
-    tokens: list[int]  # caption token ids, or image codes
-    text: str = ""  # of a caption
-    wrong: list[str] = []  # of an image: the questions answered wrong
+    tokens: torch.Tensor  # caption token ids (L,), or image codes (N,)
+    text: str = ""  # of a caption; of an image: the questions answered wrong, one a line
 
 
 def best_and_worst(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
@@ -159,12 +158,13 @@ def self_play(best: Candidate, worst: Candidate, old: tuple[Candidate, Candidate
     return (best, old_win) if best.score > old_win.score else (best, old_lose)
 
 
-def curate(sample: Sample, image_codes: list[int], captions: list[Candidate],
-           images: list[Candidate], previous: Pair | None, min_image_score: float) -> Pair | str:
-    """The record's preference pair (x, y, y_w, y_l, x_w, x_l), or the reason why it gives none."""
-    old_captions = old_images = None
-    if previous is not None:
-        old_captions, old_images = candidates_of_pair(previous)
+def curate(sample: Sample, captions: list[Candidate], images: list[Candidate], previous,
+           min_image_score: float) -> tuple[Pair, dict] | str:
+    """The record's preference pair with the tokens to train on, or why it gives none.
+
+    previous: (win, lose) captions and (win, lose) images of the last round, or None.
+    """
+    old_captions, old_images = previous or (None, None)
     win, lose = self_play(*best_and_worst(captions), old_captions)
     win_image, lose_image = self_play(*best_and_worst(images), old_images)
 
@@ -175,99 +175,88 @@ def curate(sample: Sample, image_codes: list[int], captions: list[Candidate],
         return f"images: best score is not above {min_image_score}"
     if win_image.score <= lose_image.score:
         return "images: best is not better than worst"
-    return Pair(
-        sample.id, sample.image, sample.caption, sample.prompt, image_codes,
-        win.text, lose.text, win.tokens, lose.tokens, win.score, lose.score,
-        win_image.tokens, lose_image.tokens, win_image.score, lose_image.score,
-        win_image.wrong, lose_image.wrong)
+    pair = Pair(sample.id, sample.image, sample.caption, sample.prompt, win.text, lose.text,
+                win.score, lose.score, win_image.score, lose_image.score, win_image.text,
+                lose_image.text)
+    return pair, {"win_caption": win.tokens, "lose_caption": lose.tokens,
+                  "win_image": win_image.tokens, "lose_image": lose_image.tokens}
 
 
 def candidates_of_pair(p: Pair) -> tuple[tuple[Candidate, Candidate], tuple[Candidate, Candidate]]:
     """(win, lose) captions and (win, lose) images of the last round."""
-    captions = (Candidate(p.win_caption_score, p.win_caption_ids, p.win_caption),
-                Candidate(p.lose_caption_score, p.lose_caption_ids, p.lose_caption))
-    images = (Candidate(p.win_image_score, p.win_image_codes, wrong=p.win_image_wrong),
-              Candidate(p.lose_image_score, p.lose_image_codes, wrong=p.lose_image_wrong))
+    tensors = tensors_of(p)
+    captions = (Candidate(p.win_caption_score, tensors["win_caption"], p.win_caption),
+                Candidate(p.lose_caption_score, tensors["lose_caption"], p.lose_caption))
+    images = (Candidate(p.win_image_score, tensors["win_image"], p.win_image_wrong),
+              Candidate(p.lose_image_score, tensors["lose_image"], p.lose_image_wrong))
     return captions, images
 
 
-def make_pairs(samples: list[Sample], scores: list[Score], tensors: dict, previous: dict[str, Pair],
-               match, min_image_score: float) -> list[Pair]:
-    """The pairs of all records that give one; the others get the reason in their score."""
-    pairs = []
-    for s, score in zip(samples, scores):
-        if not score.image_scores:
-            score.dropped = "no questions"
-            continue
-        captions, images = candidates_of_sample(s, score, tensors, match)
-        image_codes = tensors[f"{s.id}/image"].tolist()
-        pair = curate(s, image_codes, captions, images, previous.get(s.id), min_image_score)
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            score.dropped = pair
-    return pairs
-
-
-def candidates_of_sample(sample: Sample, score: Score, tensors: dict,
-                         match) -> tuple[list[Candidate], list[Candidate]]:
+def candidates_of_sample(sample: Sample, score: Score,
+                         tensors: dict) -> tuple[list[Candidate], list[Candidate]]:
     """The n captions and the K images of a record."""
     captions = []
-    for k, row in enumerate(tensors[f"{sample.id}/captions"].tolist()):
-        ids = [i for i in row if i >= 0]  # padded with -1
-        captions.append(Candidate(score.caption_scores[k], ids, sample.captions[k]))
+    for k, ids in enumerate(tensors["captions"]):  # (L,), padded with -1
+        captions.append(Candidate(score.caption_scores[k], ids[ids >= 0], sample.captions[k]))
     images = []
-    for k, codes in enumerate(tensors[f"{sample.id}/images"].tolist()):
+    for k, codes in enumerate(tensors["images"]):  # (N,)
         wrong = []
-        if score.answers:
-            correct = is_correct(score.answers[k], score.questions, match)
-            wrong = [q.question for q, ok in zip(score.questions, correct) if not ok]
-        images.append(Candidate(score.image_scores[k], codes, wrong=wrong))
+        if score.correct:
+            right = zip(score.questions, score.correct[k])
+            wrong = [q.question for q, is_right in right if not is_right]
+        images.append(Candidate(score.image_scores[k], codes, "\n".join(wrong)))
     return captions, images
+
+
+def make_pairs(samples: Lines, scores: Iterable[Score], previous: Lines | None,
+               min_image_score: float, dropped: dict[str, str]) -> Iterator[tuple[Pair, dict]]:
+    """The pairs of all records that give one, with tensors; dropped[id]: why others do not."""
+    places = {id: i for i, id in enumerate(previous.ids)} if previous else {}
+    for sample, score in zip(samples, scores):
+        if not score.image_scores:
+            dropped[sample.id] = "no questions"
+            continue
+        tensors = tensors_of(sample)
+        captions, images = candidates_of_sample(sample, score, tensors)
+        old = None
+        if sample.id in places:
+            old = candidates_of_pair(previous[places[sample.id]])
+        curated = curate(sample, captions, images, old, min_image_score)
+        if isinstance(curated, str):
+            dropped[sample.id] = curated
+        else:
+            pair, tokens = curated
+            yield pair, {"image": tensors["image"], **tokens}
 
 
 # --------------------------------------------------------------------------------- input and output
 
 
-def read_previous(file: Path | None, samples: list[Sample], folder: Path) -> dict[str, Pair]:
-    """The last round's pairs by id; all of them must be among the samples."""
-    previous = {p.id: p for p in read_jsonl(file, Pair)} if file else {}
-    absent = sorted(previous.keys() - {s.id for s in samples})
+def read_previous(file: Path | None, samples: Lines, folder: Path) -> Lines | None:
+    """The last round's pairs; all of them must be among the samples."""
+    if file is None:
+        return None
+    previous = read_jsonl(file, Pair)
+    absent = sorted(set(previous.ids) - set(samples.ids))
     if absent:
         raise InputError(f"{file}: field 'id': {absent[0]!r} is not among the samples in {folder}")
     return previous
-
-
-def save_gallery(model: Model, pairs: list[Pair], out: Path) -> None:
-    """Real image, winner, loser, with captions and scores: one sheet, and files for the report."""
-    rows = []
-    labels = []
-    for p in pairs:
-        codes = torch.tensor([p.image_codes, p.win_image_codes, p.lose_image_codes])
-        pictures = to_pil(model.decode_image(codes))
-        for name, picture in zip(("real", "win", "lose"), pictures):
-            save_picture(picture, out / "images" / f"{p.id}-{name}.png")
-        rows.append(pictures)
-        labels.append(f"{p.caption}\nwin {p.win_caption_score:.2f}: {p.win_caption}\n"
-                      f"lose {p.lose_caption_score:.2f}: {p.lose_caption}\n"
-                      f"images: real, win {p.win_image_score:.2f}, lose {p.lose_image_score:.2f}")
-    if rows:  # not with --show 0
-        save_picture(image_grid(rows, labels, columns=2), out / "pairs.png")
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def main(args):
-    samples, tensors = read_samples(args.samples)
+    samples = read_jsonl(args.samples / "samples.jsonl", Sample)
     previous = read_previous(args.previous, samples, args.samples)
-    files = [args.samples / "samples.jsonl", args.samples / "samples.safetensors"]
-    inputs = {"samples": files, "previous": args.previous, **model_inputs(args)}
-    if not prepare_output(args.out, vars(args), "pairs.jsonl", inputs):
-        return say(f"{args.out / 'pairs.jsonl'} is complete")
+    output = output_of(args)
+    if not prepare_output(output):
+        return
     say(f"scoring {len(samples)} records of {args.samples} with {args.model}")
     model = load_from(args)
-    check_samples(model, samples, tensors, args.samples)
+    check_samples(model, samples)
+    if previous:
+        check_pairs(model, previous)
     write_questions = None
     if args.question_model:
         write_questions = QuestionWriter(args.question_model, args.qa_model, model.device)
@@ -275,25 +264,37 @@ def main(args):
     match = answer_matcher(args.matcher, model.device)
 
     def score(chunk: list[Sample]) -> list[dict]:
-        return score_records(model, chunk, tensors, score_captions, match, write_questions,
-                             args.image_scorer == "likelihood", args.reencode, args.max_new_tokens)
+        scored = score_records(model, chunk, score_captions, match, write_questions,
+                               args.image_scorer == "likelihood", args.reencode,
+                               args.max_new_tokens)
+        return [asdict(s) for s in scored]
 
-    results = map_records(score, samples, args.out, args.batch, "score")
+    file = args.out / "scores.jsonl"
+    results = map_records(score, samples, args.out, args.batch, "score",
+                          earlier=Earlier(file, Score, asdict))
     if results is None:
         return  # the main process writes
-    scores = [parse_record(Score, r, f"{args.out}: id {r['id']!r}") for r in results]
-    pairs = make_pairs(samples, scores, tensors, previous, match, args.min_image_score)
-    write_jsonl(args.out / "scores.jsonl", scores)
-    print(f"{len(samples)} records, {len(pairs)} pairs: {args.out}")
-    reasons = Counter(s.dropped for s in scores if s.dropped).most_common()
-    for reason, count in reasons:
-        print(f"  dropped {count:5d}  {reason}")
-    if not pairs:
+
+    def scores() -> Iterator[Score]:
+        for result in results:
+            yield parse_record(Score, result, f"{args.out}: id {result['id']!r}")
+
+    def pairs() -> Iterator[tuple[Pair, dict]]:
+        return make_pairs(samples, scores(), previous, args.min_image_score, dropped)
+
+    dropped = {}
+    count = sum(1 for _ in pairs())
+    write_jsonl(file, (replace(s, dropped=dropped.get(s.id, "")) for s in scores()))
+    print(f"{len(samples)} records, {count} pairs: {args.out}")
+    reasons = Counter(dropped.values()).most_common()
+    for reason, records in reasons:
+        print(f"  dropped {records:5d}  {reason}")
+    if not count:
         message = f"no pairs to train on; most records: {reasons[0][0]} (all scores: scores.jsonl)"
         raise InputError(f"{args.out}: {message}")
-    save_gallery(model, pairs[: args.show], args.out)
-    write_jsonl(args.out / "pairs.jsonl", pairs)  # last: the stage is complete
-    shutil.rmtree(args.out / "parts")
+    save_pair_gallery(model, islice(pairs(), args.show), args.out)
+    write_table(args.out / "pairs.jsonl", pairs())  # last: the stage is complete
+    finish(output)
 
 
 if __name__ == "__main__":

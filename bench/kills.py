@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PRIVATE = ".run"  # of hermesflow/files.py
 MOMENTS = ("half", "before", "after")  # a temporary file half written; not yet renamed; renamed
 PRELOAD = ["accelerate", "transformers.models.phi.modeling_phi", "model", "hermesflow.scoring",
            "hermesflow.runs", "evals.judges", "evals.metrics", "evals.policy", "toy.world"]
@@ -88,10 +89,10 @@ def last_file(path: Path) -> Path:
 
 
 def tree(folder) -> dict[str, bytes]:
-    """Every file below a folder, except locks."""
+    """Every file below a folder, except locks and lists of what was written."""
     files = {}
     for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.name != ".lock":
+        if path.is_file() and path.parent.name != PRIVATE:
             files[str(path.relative_to(folder))] = path.read_bytes()
     return files
 

@@ -1,15 +1,21 @@
-"""Files read with one clear line for whatever is wrong, and written whole or not at all."""
+"""Files read with one clear line for whatever is wrong, and written whole or not at all.
 
-import hashlib
+Imports nothing heavy: a stage that has nothing left to do says so before torch is loaded.
+"""
+
 import json
 import os
+import re
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
+
+PRIVATE = ".run"  # in an output folder: its lock, and the names of the files that stages wrote
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 class InputError(Exception):
@@ -28,14 +34,29 @@ def reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read_text(path) -> str:
-    """A UTF-8 file. Raises InputError if it cannot be read or is not UTF-8."""
+@contextmanager
+def reading(path):
+    """What prevents reading (absent, no permission, not UTF-8) becomes one line naming `path`."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def require_regular(path) -> None:
+    """Raises OSError for anything but a file: a named pipe would be waited for, for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "is a folder" if stat.S_ISDIR(mode) else "not a regular file")
+
+
+def read_text(path) -> str:
+    """A UTF-8 file. Raises InputError if it cannot be read or is not UTF-8."""
+    with reading(path):
+        require_regular(path)
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def parse_json(text: str, where: str):
@@ -58,54 +79,78 @@ def read_object(path) -> dict:
     return value
 
 
-def load_tensors(path) -> dict:
-    """name -> tensor of a safetensors file. Raises InputError if it cannot be read."""
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type, the file system OSError
-        raise InputError(f"{path}: cannot read: {error}") from None
+# ---------------------------------------------------------------------- output folders of this run
+
+def written_files(folder: Path) -> set[str]:
+    """The names, relative to an output folder, of all files that stages wrote there."""
+    names = set()
+    for file in (folder / PRIVATE).glob("written-*"):
+        names |= set(read_text(file).split("\n"))
+    return names - {""}
 
 
-def find_file(folder, name: str) -> str | None:
-    """The path of a file in a folder or hub repository, or None if it has no such file.
+HELD = {}  # absolute output folder -> its Holding, as long as this process lives
 
-    Raises InputError if `folder` is neither a folder here nor a repository that can be reached.
+
+class Holding:
+    """An output folder that this process writes into, and the files that stages wrote there.
+
+    Only these are ever replaced or removed. Every process keeps a manifest of its own, so that no
+    line of one is mixed into another's.
     """
-    if Path(folder).exists():
-        path = Path(folder) / name
-        return str(path) if path.is_file() else None
-    try:
-        return cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # a name that is no repository id, a repository that does not exist
-        message = f"{folder}: neither a folder here nor reachable on the hub ({reason(error)})"
-        raise InputError(message) from None
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder = Path(os.path.abspath(folder))
+        self.private = self.folder / PRIVATE
+        self.private.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.private / "lock", "a+", encoding="utf-8")
+        self.manifest = self.private / f"written-{rank}"
+        self.read_manifests()
+
+    def read_manifests(self) -> None:
+        self.written = written_files(self.folder)
+
+    def check(self) -> None:
+        """Raises InputError if the folder was removed or replaced under this process."""
+        try:
+            ours = os.path.samestat(os.stat(self.private / "lock"), os.fstat(self.lock.fileno()))
+        except OSError:
+            ours = False
+        if not ours:
+            message = f"removed or replaced while process {os.getpid()} was running, which stops"
+            raise InputError(f"{self.folder}: {message}")
+
+    def claim(self, path: Path) -> None:
+        """Note that `path` will be written. Raises InputError if it is there and not ours."""
+        self.check()
+        name = str(path.relative_to(self.folder))
+        if name in self.written:
+            return
+        if os.path.lexists(path):
+            raise InputError(f"{path}: is there already, and no stage wrote it; move it away")
+        with open(self.manifest, "a", encoding="utf-8") as manifest:
+            manifest.write(name + "\n")
+        self.written.add(name)
+
+    def remove_temporaries(self) -> None:
+        """Remove what a killed run left half-written: temporary siblings of files it wrote."""
+        for folder in {(self.folder / name).parent for name in self.written}:
+            for file in folder.glob(".*.tmp"):
+                of = re.fullmatch(r"\.(.+)\.\d+\.tmp", file.name)
+                if of and str((folder / of[1]).relative_to(self.folder)) in self.written:
+                    remove(file)
 
 
-def digest(path) -> str:
-    """The content of what a stage reads, in 16 hexadecimal digits.
+def holdings(path) -> list[Holding]:
+    """The output folders of this run that `path` is in."""
+    path = Path(os.path.abspath(path))
+    return [holding for folder, holding in HELD.items() if folder in path.parents]
 
-    path: a file, a folder (all files below it) or a list of files. Of a hub repository: its
-    revision.
-    """
-    if isinstance(path, list):
-        contents = [digest(p) if Path(p).is_file() else "missing" for p in path]
-        return hashlib.sha256("".join(contents).encode()).hexdigest()[:16]
-    path = Path(path)
-    if not path.exists():
-        config = find_file(path, "config.json")  # …/snapshots/REVISION/config.json
-        return Path(config).parent.name[:16] if config else ""
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-    total = hashlib.sha256()
-    try:
-        for file in files:
-            with open(file, "rb") as content:
-                one = hashlib.file_digest(content, "sha256").hexdigest()
-            total.update(f"{file.relative_to(path)} {one}\n".encode())
-    except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}") from None
-    return total.hexdigest()[:16]
+
+def claim(path) -> None:
+    """`Holding.claim` of the output folder that `path` is in; other paths are free."""
+    for holding in holdings(path):
+        holding.claim(Path(os.path.abspath(path)))
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -118,32 +163,43 @@ def writing(path):
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError; any other RuntimeError is a bug, not the disk
-        from_torch = "PytorchStreamWriter" in str(error) or "iostream" in str(error)
+        text = str(error)
+        from_torch = any(s in text for s in ("PytorchStreamWriter", "iostream", "inline_container"))
         if isinstance(error, RuntimeError) and not from_torch:
             raise
         why = getattr(error, "strerror", None) or reason(error)
+        if from_torch:
+            why = f"no space left, or the disk failed ({why})"
         message = f"{path}: cannot write: {why}; the same command continues from here"
         raise InputError(message) from None
 
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary sibling of `path` (file or folder), renamed if the block succeeds."""
+    """Yield a temporary sibling of `path` (file or folder), renamed if the block succeeds.
+
+    Below an output folder that this process holds, files that no stage wrote are not replaced.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            claim(path)
             yield temporary
+            written = [temporary]
+            if temporary.is_dir():
+                written = sorted(p for p in temporary.rglob("*") if p.is_file())
+                for file in written:
+                    claim(path / file.relative_to(temporary))
+            for file in written:
+                file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner reads
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 def write_text(path, text: str) -> None:
@@ -152,16 +208,10 @@ def write_text(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path, tensors: dict) -> None:
-    """Write a safetensors file whole or not at all."""
-    with atomic(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-
-
 def remove(*paths: Path) -> None:
     """Remove files and folders that may or may not be there."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

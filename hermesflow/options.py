@@ -1,10 +1,18 @@
-"""Command-line options that several stages share.
+"""Command-line options that several scripts share, and the ranges of their values.
 
-Imports nothing heavy, so that --help answers at once.
+Imports nothing heavy, so that --help and a mistake are answered at once.
 """
 
 import argparse
+import math
+import os
+import re
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+IMAGE_TOKENIZER = "showlab/magvitv2"  # where a checkpoint has none of its own
+TEXT_TOKENIZER = "microsoft/phi-1_5"
 
 
 @dataclass
@@ -21,6 +29,60 @@ class ImageSampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # guidance in this part of the steps only
 
 
+# ------------------------------------------------------------------------------------------- values
+
+
+def number_type(convert, low, high, what: str):
+    """A function of an option's text that refuses what is no such number, or out of range."""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        # a comparison with NaN is false
+        if not low <= value <= high:
+            upto = f" to {high:g}" if high < 2**31 - 1 else " or more"
+            raise argparse.ArgumentTypeError(f"{text} should be {low:g}{upto}")
+        return value
+
+    return parse
+
+
+def integer(low: int, high: int = 2**31 - 1):
+    return number_type(int, low, high, "a whole number")
+
+
+def number(low: float, high: float):
+    return number_type(float, low, high, "a number")
+
+
+def above_zero(high: float):
+    return number(math.nextafter(0, 1), high)
+
+
+COUNT = integer(1)
+SEED = integer(0, 2**63 - 1)
+SHARE = number(0, 1)
+GUIDANCE = number(0, 1000)  # more is the same choice, until it overflows
+
+
+def folder(text: str) -> Path:
+    """A path to write to; an unset variable of a shell is no folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu|npu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda, cuda:1, …")
+    return text
+
+
+# ------------------------------------------------------------------------------------------ parsing
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it is, and every default that the help does not state in brackets."""
 
@@ -31,37 +93,63 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-def stage_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+class StageParser(argparse.ArgumentParser):
+    """Mistakes end in one line and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help explains)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for text in (*args, os.getcwd()):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.error(f"{text!r} is not UTF-8")
+        return super().parse_args(args, namespace)
+
+
+def stage_parser(description: str) -> StageParser:
+    return StageParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_checkpoint_options(group) -> None:
+    add = group.add_argument
+    add("--model", default="toy/base", help="folder or hub id, such as showlab/show-o-512x512")
+    add("--image-tokenizer", help=f"folder or hub id [the checkpoint's own, or {IMAGE_TOKENIZER}]")
+    add("--text-tokenizer", help=f"folder or hub id [the checkpoint's own, or {TEXT_TOKENIZER}]")
 
 
 def add_model_options(parser) -> None:
     group = parser.add_argument_group("model")
+    add_checkpoint_options(group)
     add = group.add_argument
-    add("--model", default="toy/base", help="folder or hub id, such as showlab/show-o-512x512")
-    add("--image-tokenizer", help="folder or hub id [the checkpoint's own, or showlab/magvitv2]")
-    add("--text-tokenizer", help="folder or hub id [the checkpoint's own, or microsoft/phi-1_5]")
-    add("--device", help="cpu, cuda, cuda:1, … [what accelerate finds]")
+    add("--device", type=device, help="cpu, cuda, cuda:1, … [what accelerate finds]")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
         help="of the backbone")
 
 
 def model_inputs(args) -> dict:
-    """What a checkpoint consists of, for `prepare_output`."""
-    return {"model": args.model, "image tokenizer": args.image_tokenizer,
-            "text tokenizer": args.text_tokenizer}
+    """What a checkpoint consists of, for `Output.inputs`; its own tokenizers are part of it."""
+    own_image = (Path(args.model) / "magvitv2").is_dir()
+    own_text = (Path(args.model) / "tokenizer").is_dir()
+    return {"model": args.model,
+            "image_tokenizer": args.image_tokenizer or (None if own_image else IMAGE_TOKENIZER),
+            "text_tokenizer": args.text_tokenizer or (None if own_text else TEXT_TOKENIZER)}
 
 
 def add_sampling_options(parser) -> None:
     default = ImageSampling()
     group = parser.add_argument_group("image decoding")
     add = group.add_argument
-    add("--steps", type=int, default=default.steps, help="decoding steps per image")
-    add("--guidance", type=float, default=default.guidance_scale, help="(1 + g)·cond − g·uncond")
-    add("--temperature", type=float, default=default.temperature, help="of the confidence noise")
+    add("--steps", type=COUNT, default=default.steps, help="decoding steps per image")
+    add("--guidance", type=GUIDANCE, default=default.guidance_scale,
+        help="(1 + g)·cond − g·uncond")
+    add("--temperature", type=number(0, 1000), default=default.temperature,
+        help="of the confidence noise")
     add("--anneal", choices=["compound", "maskgit"], default=default.anneal,
         help="of that temperature: as the original, or as MaskGIT")
-    add("--guidance-interval", type=float, nargs=2, metavar="SHARE",
+    add("--guidance-interval", type=SHARE, nargs=2, metavar="SHARE",
         default=default.guidance_interval,
         help="approximation: guidance only from this to that share of the steps")
 
@@ -70,11 +158,3 @@ def sampling_from(args) -> ImageSampling:
     """The decoding options of a parsed command line."""
     values = {f.name: getattr(args, f.name) for f in fields(ImageSampling) if hasattr(args, f.name)}
     return ImageSampling(**values, guidance_scale=args.guidance)
-
-
-def require_positive(parser, args, *names: str) -> None:
-    """End with a usage error that names the first of these options that is below 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -2,12 +2,13 @@
 
 import math
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from hermesflow.files import InputError, atomic
+from hermesflow.files import InputError, atomic, require_regular
 from hermesflow.records import Record, vqa_question
 
 LINE = 14  # height of a line in the default font
@@ -21,6 +22,7 @@ def load_image(path, size: int) -> torch.Tensor:
     InputError if the file is no image, or more than a hundred times as long as wide.
     """
     try:
+        require_regular(path)
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
@@ -84,3 +86,21 @@ def wrap(label: str, letters: int) -> list[str]:
     for part in label.split("\n"):
         lines += textwrap.wrap(part, letters)
     return lines
+
+
+def save_pair_gallery(model, pairs, out: Path) -> None:
+    """Real image, winner, loser of (Pair, its tensors), with captions and scores: one sheet, and
+    files for the report."""
+    rows = []
+    labels = []
+    for p, tensors in pairs:
+        codes = torch.stack([tensors[n] for n in ("image", "win_image", "lose_image")])  # (3, N)
+        pictures = to_pil(model.decode_image(codes))
+        for name, picture in zip(("real", "win", "lose"), pictures):
+            save_picture(picture, out / "images" / f"{p.id}-{name}.png")
+        rows.append(pictures)
+        labels.append(f"{p.caption}\nwin {p.win_caption_score:.2f}: {p.win_caption}\n"
+                      f"lose {p.lose_caption_score:.2f}: {p.lose_caption}\n"
+                      f"images: real, win {p.win_image_score:.2f}, lose {p.lose_image_score:.2f}")
+    if rows:  # not with --show 0
+        save_picture(image_grid(rows, labels, columns=2), out / "pairs.png")

@@ -1,19 +1,18 @@
-"""The records that stages pass as JSON lines: their fields, checks, readers and writers.
+"""The records that stages pass as JSON lines: their fields, and how they are checked.
 
 records.jsonl → 01 → samples.jsonl → 02 → scores.jsonl, pairs.jsonl → 03
+
+Read and written by jsonl.py; their tensors are in shards beside them (tables.py).
 """
 
 import json
-import os
 import typing
 import unicodedata
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 
-import torch
-
-from hermesflow.files import InputError, load_tensors, parse_json, read_text, write_text
+from hermesflow.files import InputError
 
 CAPTION_QUESTION = "Give a caption for this image."  # the released captioning prompt
 
@@ -45,10 +44,13 @@ class Record:
 class Sample(Record):
     """A record with the policy's captions.
 
-    Token ids and image codes are in samples.safetensors under the same id.
+    Tensors: image (N,), images (K, N), captions (n, L), exactly the tokens that were sampled.
     """
 
     captions: list[str] = field(default_factory=list)
+    shard: str = ""  # file that holds the tensors
+    row: int = 0  # in it
+    digest: str = ""  # of them
 
 
 @dataclass
@@ -60,30 +62,33 @@ class Score:
     caption_scores: list[float]
     image_scores: list[float]
     answers: list[list[str]]
+    correct: list[list[bool]]  # which of them are right
     dropped: str = ""  # why the record gives no pair; empty: it does
 
 
 @dataclass
 class Pair:
-    """One homologous preference record (x, y, y_w, y_l, x_w, x_l), with the tokens to train on."""
+    """One homologous preference record (x, y, y_w, y_l, x_w, x_l).
+
+    Tensors, the tokens to train on: image, win_image, lose_image (N,) codes, and win_caption,
+    lose_caption (L,) token ids.
+    """
 
     id: str
     image: str
     caption: str
     prompt: str
-    image_codes: list[int]
     win_caption: str
     lose_caption: str
-    win_caption_ids: list[int]
-    lose_caption_ids: list[int]
     win_caption_score: float
     lose_caption_score: float
-    win_image_codes: list[int]
-    lose_image_codes: list[int]
     win_image_score: float
     lose_image_score: float
-    win_image_wrong: list[str]  # the questions that the policy answered wrong about it
-    lose_image_wrong: list[str]
+    win_image_wrong: str  # the questions that the policy answered wrong about it, one a line
+    lose_image_wrong: str
+    shard: str = ""
+    row: int = 0
+    digest: str = ""
 
     @property
     def drawing_text(self) -> str:
@@ -143,15 +148,15 @@ def has_lone_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def validate_records(build, values: list, path, skipped: list[str] | None) -> list:
-    """build(value, where) for each (where, value), with unique ids, texts and answerable questions.
+def validated(build, values, path, skipped: list[str] | None) -> Iterator[tuple]:
+    """(build(value, where), place) for each (where, value, place), with unique ids, texts and
+    answerable questions.
 
     skipped: a list that takes the reasons of bad records, which are left out; None: the first one
     raises InputError.
     """
-    records = []
     ids = set()
-    for where, value in values:
+    for where, value, place in values:
         with skipping(skipped):
             record = build(value, where)
             check_id(record.id, ids, where)
@@ -160,10 +165,9 @@ def validate_records(build, values: list, path, skipped: list[str] | None) -> li
             for question in getattr(record, "questions", []):
                 check_question(question, where)
             ids.add(unicodedata.normalize("NFC", record.id))
-            records.append(record)
-    if not records:
+            yield record, place
+    if not ids:
         raise InputError(f"{path}: no records" + (f"; {skipped[0]}" if skipped else ""))
-    return records
 
 
 def check_id(id: str, known: set[str], where: str) -> None:
@@ -185,6 +189,15 @@ def check_question(q: Question, where: str) -> None:
 
 
 @contextmanager
+def about(where: str):
+    """Bad input inside the block is said to be about `where`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+@contextmanager
 def skipping(skipped: list[str] | None):
     """With a list, bad input inside the block ends the block alone, and its reason is noted."""
     try:
@@ -193,107 +206,3 @@ def skipping(skipped: list[str] | None):
         if skipped is None:
             raise
         skipped.append(str(error))
-
-
-def check_samples(model, samples: list[Sample], tensors: dict, folder) -> None:
-    """Raises InputError if the codes or token ids of samples were made with another model."""
-    for s in samples:
-        where = f"{folder}/samples.safetensors: id {s.id!r}:"
-        model.check_codes(tensors[f"{s.id}/image"], f"{where} image")
-        model.check_codes(tensors[f"{s.id}/images"], f"{where} images")
-        captions = tensors[f"{s.id}/captions"]  # -1 pads
-        model.check_text_ids(captions[captions != -1], f"{where} captions")
-
-
-def check_pairs(model, pairs: list[Pair], path) -> None:
-    """Raises InputError if the codes or token ids of pairs were made with another model."""
-    for p in pairs:
-        where = f"{path}: id {p.id!r}: field"
-        for name in ("image_codes", "win_image_codes", "lose_image_codes"):
-            model.check_codes(torch.tensor(getattr(p, name)), f"{where} '{name}'")
-        for name in ("win_caption_ids", "lose_caption_ids"):
-            model.check_text_ids(torch.tensor(getattr(p, name)), f"{where} '{name}'")
-
-
-# ------------------------------------------------------------------------------ reading and writing
-
-
-def read_jsonl(path, kind: type, skipped: list[str] | None = None) -> list:
-    """The records of a JSONL file, every field checked against dataclass `kind`."""
-    lines = enumerate(read_text(path).split("\n"), 1)
-    values = [(f"{path}: line {n}", line) for n, line in lines if line.strip()]
-
-    def build(line, where):
-        return parse_record(kind, parse_json(line, where), where)
-
-    return validate_records(build, values, path, skipped)
-
-
-def write_jsonl(path, records: list) -> None:
-    lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in records]
-    write_text(path, "".join(lines))
-
-
-def read_samples(folder) -> tuple[list[Sample], dict]:
-    """The samples of stage 1, and their tensors by name. Raises InputError if one is missing."""
-    samples = read_jsonl(f"{folder}/samples.jsonl", Sample)
-    tensors = load_tensors(f"{folder}/samples.safetensors")
-    for s in samples:
-        for name in ("image", "images", "captions"):
-            if f"{s.id}/{name}" not in tensors:
-                raise InputError(f"{folder}/samples.safetensors: no '{name}' for id {s.id!r}")
-        if len(tensors[f"{s.id}/captions"]) != len(s.captions):
-            message = f"{len(s.captions)} captions but other token ids"
-            raise InputError(f"{folder}: id {s.id!r}: {message}")
-    return samples, tensors
-
-
-def read_records(path, questions=None, skipped: list[str] | None = None) -> list[Record]:
-    """Homologous inputs from our JSONL, or from the original's initial_data.json and vqa_data.json.
-
-    The original's ids are numbers or strings; questions are joined **by id**. Image paths are made
-    absolute: relative to the records file, or (as in the original) to the working directory if they
-    exist there alone. skipped: as in `validate_records`.
-    """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        records = read_jsonl(path, Record, skipped)
-    else:
-        records = validate_records(original_record, read_array(path), path, skipped)
-    if questions is not None:
-        join_questions(records, path, questions, skipped)
-    for r in records:
-        beside = path.parent / r.image
-        only_here = os.path.exists(r.image) and not os.path.exists(beside)
-        r.image = os.path.abspath(r.image if only_here else beside)
-    return records
-
-
-def join_questions(records: list[Record], path, questions, skipped: list[str] | None) -> None:
-    """Append the questions of a `vqa_data.json` to the records of the same id."""
-    by_id = {r.id: r for r in records}
-    for where, value in read_array(questions):
-        with skipping(skipped):
-            question = parse_record(Question, value, where)
-            check_question(question, where)
-            owner = by_id.get(str(value.get("id")))
-            if owner is None:
-                raise InputError(f"{where}: field 'id': {value.get('id')!r} is not in {path}")
-            owner.questions.append(question)
-
-
-def read_array(path) -> list[tuple]:
-    """(where, value) of every element of a JSON array."""
-    value = parse_json(read_text(path), str(path))
-    if not isinstance(value, list):
-        raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
-    return [(f"{path}: record {n}", v) for n, v in enumerate(value, 1)]
-
-
-def original_record(value, where: str) -> Record:
-    """A record of the original: its image is named img_path, its id may be a number."""
-    if isinstance(value, dict):
-        value = {**value, "image": value.get("image", value.get("img_path"))}
-        if type(value.get("id")) is int:
-            value["id"] = str(value["id"])
-    return parse_record(Record, value, where)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from hermesflow.files import InputError
 from hermesflow.options import ImageSampling
 
 MASKED = -1  # among image codes: a slot that is not decoded yet
@@ -68,12 +69,20 @@ class Generated(NamedTuple):
     ended: bool
 
 
+def require_finite(chosen: torch.Tensor) -> None:
+    """Raises InputError on NaN or infinity, which would be drawn from without a word."""
+    if not bool(chosen.isfinite().all()):
+        raise InputError("the model gives NaN or infinite logits; --dtype float32 or bfloat16, or "
+                         "another checkpoint helps")
+
+
 def sample_tokens(logits, top_k, temperature, u) -> torch.Tensor:
     """(R, V) logits -> (R,) tokens.
 
     Each row has its own top-k (1: greedy, 0: all), temperature and uniform number.
     """
     greedy = logits.argmax(-1)
+    require_finite(logits.gather(1, greedy[:, None]))
     if bool((top_k == 1).all()):
         return greedy
     everything = logits.shape[-1]
@@ -125,13 +134,15 @@ def maskgit_decode(logits_fn, shape: tuple[int, int], noise, sampling: ImageSamp
             chosen = probs.argmax(-1)  # (M,)
         else:
             chosen = sample_categorical(probs, noise[:, step, 0][unknown])
+        chosen_probs = probs.gather(1, chosen[:, None])[:, 0]  # (M,)
+        require_finite(chosen_probs)
         sampled = codes.masked_scatter(unknown, chosen)  # (B, N)
         if step == sampling.steps - 1:
             return sampled
 
         # confidence of the new codes; what was known before stays known
         confidence = torch.full(unknown.shape, torch.inf, device=device)
-        confidence[unknown] = probs.gather(1, chosen[:, None])[:, 0]
+        confidence[unknown] = chosen_probs
         if noise is None:
             gumbel = torch.zeros_like(confidence)
         else:

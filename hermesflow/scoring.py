@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hermesflow.checkpoints import load_hf
+from hermesflow.files import InputError
 from hermesflow.records import CAPTION_QUESTION, Question, vqa_question
 from hermesflow.sampling import TextRequest
 
@@ -62,6 +63,7 @@ class SentenceEncoder:
     def __init__(self, name: str, pooling: str, device):
         self.tokenizer = load_hf(AutoTokenizer, name)
         self.model = load_hf(AutoModel, name).to(device).eval()
+        self.name = name
         self.pooling = pooling
         self.device = device
 
@@ -76,6 +78,8 @@ class SentenceEncoder:
         else:
             weight = inputs.attention_mask[..., None].to(hidden)  # (B, T, 1)
             pooled = (hidden * weight).sum(1) / weight.sum(1)
+        if not pooled.isfinite().all():
+            raise InputError(f"{self.name}: gives NaN or infinite vectors")
         return F.normalize(pooled.float(), dim=-1)
 
 
@@ -227,6 +231,12 @@ def answer_questions(model, images, questions: list[list[Question]],
         texts = [model.decode_text(next(generated).ids) for _ in about_image]
         answers.append([t.strip() for t in texts])
     return answers
+
+
+def reencode(model, codes: torch.Tensor) -> torch.Tensor:
+    """(B, N) codes decoded to 8-bit pixels and encoded again: what a viewer of them knows."""
+    pixels = model.decode_image(codes).clamp(-1, 1)
+    return model.encode_image((pixels + 1).mul(127.5).round() / 127.5 - 1)
 
 
 def caption_likelihood(model, images, captions: list[str]) -> list[float]:

@@ -1,0 +1,69 @@
+"""Homologous inputs from the files that people have: our JSONL, the original's JSON."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hermesflow.files import InputError, parse_json, read_text
+from hermesflow.jsonl import Lines, ids_of, read_jsonl, resolve_image
+from hermesflow.records import Question, Record, check_question, parse_record, skipping, validated
+
+
+def read_records(path, questions=None, skipped: list[str] | None = None) -> Sequence[Record]:
+    """Homologous inputs from our JSONL, or from the original's initial_data.json and vqa_data.json.
+
+    The original's ids are numbers or strings; questions are joined **by id**. skipped: as in
+    `validated`.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        records = read_jsonl(path, Record, skipped)
+    else:
+        found = validated(original_record, read_array(path), path, skipped)
+        records = [record for record, _ in found]
+        for r in records:
+            r.image = resolve_image(r.image, path.parent)
+    if questions is None:
+        return records
+    asked = read_questions(questions, set(ids_of(records)), path, skipped)
+
+    def with_questions(record: Record) -> Record:
+        record.questions += asked.get(record.id, [])
+        return record
+
+    if isinstance(records, Lines):
+        records.complete = with_questions
+        return records
+    return [with_questions(r) for r in records]
+
+
+def read_questions(path, ids: set[str], records_path,
+                   skipped: list[str] | None) -> dict[str, list[Question]]:
+    """The questions of a `vqa_data.json` by the id of their record."""
+    questions = {}
+    for where, value, _ in read_array(path):
+        with skipping(skipped):
+            question = parse_record(Question, value, where)
+            check_question(question, where)
+            owner = str(value.get("id"))
+            if owner not in ids:
+                message = f"field 'id': {value.get('id')!r} is not in {records_path}"
+                raise InputError(f"{where}: {message}")
+            questions.setdefault(owner, []).append(question)
+    return questions
+
+
+def read_array(path) -> list[tuple]:
+    """(where, value, position) of every element of a JSON array."""
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
+    return [(f"{path}: record {n}", v, n) for n, v in enumerate(value, 1)]
+
+
+def original_record(value, where: str) -> Record:
+    """A record of the original: its image is named img_path, its id may be a number."""
+    if isinstance(value, dict):
+        value = {**value, "image": value.get("image", value.get("img_path"))}
+        if type(value.get("id")) is int:
+            value["id"] = str(value["id"])
+    return parse_record(Record, value, where)

@@ -15,8 +15,9 @@ writes  OUT/samples.jsonl         the records with the captions as text; their t
 from pathlib import Path
 
 from hermesflow.inputs import read_records
-from hermesflow.options import (COUNT, SEED, add_model_options, add_sampling_options, folder,
-                                integer, model_inputs, number, sampling_from, stage_parser)
+from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
+                                exit_if_dry_run, folder, integer, model_inputs, number,
+                                sampling_from, stage_parser)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
@@ -56,9 +57,11 @@ def parse_args(argv=None):
     add("--round", type=COUNT, default=1, help="self-play round: enters all seeds")
     add("--seed", type=SEED, default=0, help="enters all seeds")
     add("--batch", type=COUNT, default=4, help="records at a time; does not change results")
+    add_dry_run(parser)
     args = parser.parse_args(argv)
     if args.records is None and args.prompt is None and args.image is None:
         parser.error("one of --records, --prompt, --image is needed")
+    exit_if_dry_run(args)
     return args
 
 

@@ -18,8 +18,8 @@ allenai/unifiedqa-v2-t5-large-1363200.
 from pathlib import Path
 
 from hermesflow.jsonl import lines_of
-from hermesflow.options import (COUNT, add_model_options, folder, integer, model_inputs, number,
-                                stage_parser)
+from hermesflow.options import (COUNT, add_dry_run, add_model_options, exit_if_dry_run, folder,
+                                integer, model_inputs, number, stage_parser)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 
@@ -49,9 +49,11 @@ def parse_args(argv=None):
         help="the best image must be above it")
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=COUNT, default=1, help="records at a time; does not change results")
+    add_dry_run(parser)
     args = parser.parse_args(argv)
     if bool(args.question_model) != bool(args.qa_model):
         parser.error("--question-model and --qa-model go together")
+    exit_if_dry_run(args)
     return args
 
 

@@ -17,66 +17,91 @@ sum over the slots of one random mask, the same for win and lose, policy and ref
 
 from pathlib import Path
 
-from hermesflow.options import add_model_options, model_inputs, require_positive, stage_parser
+from hermesflow.options import (COUNT, GUIDANCE, SEED, SHARE, above_zero, add_checkpoint_options,
+                                add_dry_run, check_batch, exit_if_dry_run, folder, integer,
+                                model_inputs, stage_parser)
+from hermesflow.outputs import Output, exit_if_complete, finish, run_main
+from hermesflow.training_options import TRACKERS, WEIGHT, epochs, number_of_steps, tracker
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("input and output").add_argument
     add("--pairs", type=Path, required=True, help="pairs.jsonl of 02_score.py")
-    add("--out", type=Path, required=True, help="output folder")
+    add("--out", type=folder, required=True, help="output folder")
     add("--overwrite", action="store_true", help="empty OUT first")
-    add_model_options(parser)
-    add("--reference", help="another checkpoint as reference [the policy at the start]")
+    add_checkpoint_options(parser.add_argument_group("model"))
     add = parser.add_argument_group("loss").add_argument
-    add("--beta", type=float, default=0.2, help="β of Eq. 12")
-    add("--und", type=float, default=1.0, help="weight of the understanding half")
-    add("--gen", type=float, default=1.0, help="weight of the generation half")
-    add("--nll-und", type=float, default=0.0, help="winning caption's NLL per token, times --und")
-    add("--nll-gen", type=float, default=0.0, help="winning image's NLL per slot, times --gen")
-    add("--cond-dropout", type=float, default=0.1, help="share of images behind an empty text")
-    add("--guidance", type=float, default=0.0, help="image log-probs of (1 + g)·cond − g·uncond")
+    add("--reference", help="another checkpoint as reference [the policy at the start]")
+    add("--beta", type=WEIGHT, default=0.2, help="β of Eq. 12")
+    add("--und", type=WEIGHT, default=1.0, help="weight of the understanding half")
+    add("--gen", type=WEIGHT, default=1.0, help="weight of the generation half")
+    add("--nll-und", type=WEIGHT, default=0.0, help="winning caption's NLL per token, times --und")
+    add("--nll-gen", type=WEIGHT, default=0.0, help="winning image's NLL per slot, times --gen")
+    add("--cond-dropout", type=SHARE, default=0.1, help="share of images behind an empty text")
+    add("--guidance", type=GUIDANCE, default=0.0, help="image log-probs of (1 + g)·cond − g·uncond")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=3000, help="optimizer steps")
-    add("--epochs", type=float, help="passes over the pairs, instead of --steps [0: --steps]")
-    add("--batch", type=int, default=32, help="records per step, over all processes (paper: 8 x 4)")
-    add("--micro-batch", type=int, default=4, help="records per forward pass and process")
-    add("--lr", type=float, default=2e-5, help="highest learning rate")
-    add("--warmup", type=float, default=0.05, help="share of the steps")
+    add("--steps", type=integer(1, 10**7), default=3000, help="optimizer steps")
+    add("--epochs", type=epochs, dest="steps", metavar="EPOCHS",
+        help="passes over the pairs; the last of --steps and --epochs counts")
+    add("--batch", type=COUNT, default=32, help="records per step, of all processes (paper: 8 x 4)")
+    add("--micro-batch", type=COUNT, default=4, help="records per forward pass and process")
+    add("--lr", type=above_zero(10), default=2e-5, help="highest learning rate")
+    add("--warmup", type=SHARE, default=0.05, help="share of the steps")
     add("--schedule", choices=["cosine", "linear", "constant_with_warmup"], default="cosine",
         help="of the learning rate")
-    add("--weight-decay", type=float, default=0.01, help="of matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--weight-decay", type=WEIGHT, default=0.01, help="of matrices")
+    add("--clip", type=above_zero(1e6), default=1.0, help="largest gradient norm")
     add("--precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
     add("--gradient-checkpointing", action="store_true", help="less memory, a fifth more work")
     add = parser.add_argument_group("run").add_argument
-    add("--round", type=int, default=1, help="self-play round: enters all seeds")
-    add("--seed", type=int, default=0, help="enters all seeds")
-    add("--save-every", type=int, default=100, help="steps between states to continue from")
-    add("--track", help="also log to one of accelerate's trackers: tensorboard, wandb, …")
+    add("--round", type=COUNT, default=1, help="self-play round: enters all seeds")
+    add("--seed", type=SEED, default=0, help="enters all seeds")
+    add("--device", choices=["cpu"], help="cpu, also where there is an accelerator")
+    add("--save-every", type=integer(0), default=100, help="steps between states; 0: at signals")
+    add("--track", type=tracker, help="also log to one of " + ", ".join(TRACKERS))
+    add_dry_run(parser)
     args = parser.parse_args(argv)
-    require_positive(parser, args, "steps", "batch", "micro_batch")
+    check_batch(parser, args.batch, args.micro_batch)
+    exit_if_dry_run(args)
     return args
 
 
+def output_of(args) -> Output:
+    """What decides the checkpoint. pairs.jsonl holds digests of its tensors."""
+    steps = number_of_steps(args.steps, args.pairs, args.batch)
+    return Output(args.out, "03_pair_dpo", "checkpoint/config.json",
+                  writes=("checkpoint", "train.jsonl", "reference.safetensors"),
+                  args=vars(args) | {"steps": steps},
+                  inputs={"pairs": args.pairs, "reference": args.reference, **model_inputs(args)},
+                  free=("device", "micro_batch", "save_every", "track", "gradient_checkpointing"),
+                  derived=(), code=(__file__,))
+
+
+# before the heavy imports, so that --help, a mistake and a complete output are answered at once
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+    ARGS = parse_args()
+    run_main(lambda: exit_if_complete(output_of(ARGS)))
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import get_scheduler
 
-from hermesflow.files import InputError, load_tensors, remove, save_tensors
-from hermesflow.records import CAPTION_QUESTION, Pair, check_pairs, read_jsonl
-from hermesflow.runs import (micro_batches, prepare_output, resume, run_main, save_state, say,
-                             start_accelerator, write_log)
+from hermesflow.jsonl import read_jsonl
+from hermesflow.records import CAPTION_QUESTION, Pair
+from hermesflow.runs import prepare_output, say
 from hermesflow.sampling import stable_seed, uniforms
 from hermesflow.showo import decay_groups
+from hermesflow.states import State, final_weights
+from hermesflow.tables import check_pairs, tensors_of
+from hermesflow.training import (Interruptions, ReferenceFile, assert_healthy, distance,
+                                 mean_figures, micro_batches, remaining_steps, start_accelerator,
+                                 start_trackers, write_log)
 from model import ImageBatch, LogProbs, Model, TextBatch, load, save
 
 WIN, LOSE = 0, 1  # columns of (B, 2) log-probs
@@ -133,16 +158,14 @@ class Visit(NamedTuple):  # of a record, in one epoch
     epoch: int
 
 
-def training_order(pairs: list[Pair], steps: int, batch: int, seed: int) -> list[Visit]:
-    """steps·batch visits: a new seeded permutation of the records every epoch."""
+def training_order(pairs: Sequence[Pair], steps: int, batch: int, seed: int) -> torch.Tensor:
+    """(steps·batch, 2) positions of pairs and epochs: a new seeded permutation every epoch."""
     order = []
-    epoch = 0
-    while len(order) < steps * batch:
+    for epoch in range(math.ceil(steps * batch / len(pairs))):
         generator = torch.Generator().manual_seed(stable_seed(seed, epoch, "order"))
         shuffled = torch.randperm(len(pairs), generator=generator)
-        order += [Visit(pairs[i], epoch) for i in shuffled]
-        epoch += 1
-    return order[: steps * batch]
+        order.append(torch.stack([shuffled, torch.full_like(shuffled, epoch)], 1))
+    return torch.cat(order)[: steps * batch]
 
 
 def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: float,
@@ -154,42 +177,42 @@ def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: flo
     """
     texts = []
     mask_seeds = []
+    tensors = []
     for pair, epoch in visits:
+        tensors.append(tensors_of(pair))
         draw = uniforms(stable_seed(*seed, pair.id, epoch, "drop"), 1).item()
         texts.append("" if draw < cond_dropout else pair.drawing_text)
         mask_seeds.append(stable_seed(*seed, pair.id, epoch, "mask"))
     masks = model.training_masks(mask_seeds)  # (B, N)
-    x = torch.tensor([p.image_codes for p, _ in visits])  # (B, N)
-    captions = [[p.win_caption_ids, p.lose_caption_ids] for p, _ in visits]
-    images = torch.tensor([[p.win_image_codes, p.lose_image_codes] for p, _ in visits])  # (B, 2, N)
+    x = torch.stack([t["image"] for t in tensors])  # (B, N)
+    captions = [[t["win_caption"].tolist(), t["lose_caption"].tolist()] for t in tensors]
+    images = [torch.stack([t["win_image"], t["lose_image"]]) for t in tensors]
     return (TextBatch(x, [CAPTION_QUESTION] * len(visits), captions),
-            ImageBatch(texts, images, masks, guidance_scale))
+            ImageBatch(texts, torch.stack(images), masks, guidance_scale))  # (B, 2, N)
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
-def reference_logps(model: Model, plan: list[list[range]], batch_at, total: int,
-                    accelerator) -> torch.Tensor:
-    """(total visits, 2, 2) log-probs of all that training will see, under the model as it is now.
+def compute_reference(model: Model, reference: ReferenceFile, batch_at, ids_at, micro_batch: int,
+                      interruptions: Interruptions) -> None:
+    """Log-probs of all that training will see, under the model as it is now.
 
     Masks are seeded, so this is known in advance: no reference model sits in memory in training.
     Batches are those of training, which makes the log ratio at step 0 exactly zero.
     """
-    logps = torch.zeros(total, 2, 2, device=accelerator.device)
-    for ranges in tqdm(plan, desc="reference", disable=not accelerator.is_main_process):
-        for at in ranges:
-            und, gen = model.pair_logps(*batch_at(model, at))
-            logps[at.start : at.stop] = torch.stack([und.sums, gen.sums], 1)  # (B, 2, 2)
-    return accelerator.reduce(logps, "sum").cpu()  # zero where another process has the visit
+    for at in reference.missing(micro_batch, interruptions):
+        und, gen = model.pair_logps(*batch_at(model, at))
+        reference.add(at, torch.stack([und.sums, gen.sums], 1), ids_at(at))  # (B, 2, 2)
+    reference.save()
 
 
-def train_step(model: Model, optimizer, ranges: list[range], batch_at, reference,
+def train_step(model: Model, optimizer, visits: range, micro_batch: int, batch_at, reference,
                loss_fn, clip: float, accelerator) -> dict[str, float]:
     """One optimizer step over the micro-batches of this process; the mean figures of all."""
     watched = []
-    for at in ranges:
+    for at in micro_batches(visits, micro_batch, accelerator):
         with accelerator.accumulate(model.net):
             und, gen = model.pair_logps(*batch_at(model, at))
             ref = reference[at.start : at.stop].to(accelerator.device)  # (B, 2, 2)
@@ -199,22 +222,8 @@ def train_step(model: Model, optimizer, ranges: list[range], batch_at, reference
                 norm = accelerator.clip_grad_norm_(model.net.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-        watched.append(torch.stack([v.detach().float() for v in log.values()]))
-    mean = accelerator.reduce(torch.stack(watched).mean(0), "mean").tolist()
-    return {**dict(zip(log, mean)), "grad_norm": float(norm)}
-
-
-def assert_healthy(log: dict, ids: list[str], out: Path, own_reference: bool) -> None:
-    """Abort on a NaN or infinite loss, or if step 0 is not at 2 ln 2 (policy = reference)."""
-    if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):
-        raise InputError(f"step {log['step']}: loss {log['loss']}, gradient norm "
-                         f"{log['grad_norm']}; records {', '.join(ids)}; the last state is kept, "
-                         "a lower --lr or --precision no may help")
-    start = log["loss_und"] + log["loss_gen"]
-    expected = 2 * math.log(2)
-    if log["step"] == 0 and own_reference and abs(start - expected) > 1e-5:
-        raise InputError(f"step 0: loss {start:.6f} instead of 2·ln 2 = {expected:.6f}: another loss, "
-                         f"or {out}/reference.safetensors of another policy (use --overwrite)")
+        watched.append(log | {"distance": distance(torch.stack([und.sums, gen.sums], 1), ref)})
+    return mean_figures(watched, float(norm), optimizer, accelerator)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -222,27 +231,24 @@ def assert_healthy(log: dict, ids: list[str], out: Path, own_reference: bool) ->
 
 def main(args):
     pairs = read_jsonl(args.pairs, Pair)
-    steps = args.steps
-    if args.epochs:
-        steps = max(1, math.ceil(args.epochs * len(pairs) / args.batch))
-    accelerator = start_accelerator(args.batch, args.micro_batch, args.device,
-                                    mixed_precision=args.precision, log_with=args.track,
-                                    project_dir=str(args.out))
-    settings = vars(args) | {"steps": steps, "records per step": args.batch}
-    inputs = {"pairs": args.pairs, "reference": args.reference, **model_inputs(args)}
-    if not prepare_output(args.out, settings, "checkpoint/config.json", inputs):
-        return say(f"{args.out / 'checkpoint'} is complete")
+    output = output_of(args)
+    steps = output.args["steps"]
+    accelerator = start_accelerator(args.batch, args.micro_batch, args.device, args.precision,
+                                    log_with=args.track, project_dir=str(args.out))
+    if not prepare_output(output):
+        return
     say(f"round {args.round}: training {args.model} on {len(pairs)} pairs, "
         f"{steps} steps of {args.batch} records")
-    accelerator.init_trackers("pair-dpo", {k: str(v) for k, v in settings.items()})
-
+    start_trackers(output, accelerator)
     seed = (args.seed, args.round)
     order = training_order(pairs, steps, args.batch, stable_seed(*seed))
-    plan = [micro_batches(s, args.batch, args.micro_batch, accelerator) for s in range(steps)]
 
     def batch_at(model: Model, at: range) -> tuple[TextBatch, ImageBatch]:
-        visits = order[at.start : at.stop]
+        visits = [Visit(pairs[i], epoch) for i, epoch in order[at.start : at.stop].tolist()]
         return make_batch(model, visits, seed, args.cond_dropout, args.guidance)
+
+    def ids_at(at: range) -> list[str]:
+        return [pairs.ids[i] for i in order[at.start : at.stop, 0].tolist()]
 
     def prepare(folder) -> tuple:  # model and optimizer together, as sharding wants it
         model = load(folder, args.image_tokenizer, args.text_tokenizer)
@@ -251,48 +257,42 @@ def main(args):
         model.net, optimizer = accelerator.prepare(model.net, optimizer)
         return model, optimizer
 
-    # the reference first, so that it never shares the memory with the optimizer's state
-    file = args.out / "reference.safetensors"
-    model = None
-    if not file.exists():
-        model, optimizer = prepare(args.reference or args.model)
-        check_pairs(model, pairs, args.pairs)
-        logps = reference_logps(model, plan, batch_at, len(order), accelerator)
-        if accelerator.is_main_process:
-            save_tensors(file, {"logps": logps})
-        accelerator.wait_for_everyone()
-    if model is None or args.reference:
-        accelerator.free_memory()
+    with Interruptions(accelerator) as interruptions:
+        # the reference first, so that it never shares the memory with the optimizer's state
+        reference = ReferenceFile(args.out, len(order), args.reference is None, accelerator)
+        if not reference.exists():
+            model, optimizer = prepare(args.reference or args.model)
+            check_pairs(model, pairs)
+            compute_reference(model, reference, batch_at, ids_at, args.micro_batch, interruptions)
+            del model, optimizer
+            accelerator.free_memory()
+        reference_logps = reference.load()  # (visits, 2, 2)
         model, optimizer = prepare(args.model)
-    reference = load_tensors(file)["logps"]
 
-    scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * steps), steps)
-    accelerator.register_for_checkpointing(scheduler)
-    start = resume(accelerator, args.out)
-    loss_fn = partial(pair_dpo, beta=args.beta, und_weight=args.und, gen_weight=args.gen,
-                      nll_und_weight=args.nll_und, nll_gen_weight=args.nll_gen)
-    model.net.train()
-    bar = tqdm(range(start, steps), desc="Pair-DPO", initial=start, total=steps,
-               disable=not accelerator.is_main_process)
-    for step in bar:
-        log = {"step": step, **train_step(model, optimizer, plan[step], batch_at, reference,
-                                          loss_fn, args.clip, accelerator)}
-        log["lr"] = scheduler.get_last_lr()[0]
-        ids = [v.pair.id for v in order[step * args.batch : (step + 1) * args.batch]]
-        assert_healthy(log, ids, args.out, args.reference is None)
-        scheduler.step()
-        write_log(log, accelerator, args.out)
-        bar.set_postfix({k: f"{log[k]:.2f}" for k in ("loss", "accuracy_und", "accuracy_gen")})
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_state(accelerator, args.out, step + 1)
+        scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * steps), steps)
+        state = State(args.out, model.net, optimizer, scheduler, accelerator)
+        bar = remaining_steps(steps, args.save_every, state, interruptions)
+        loss_fn = partial(pair_dpo, beta=args.beta, und_weight=args.und, gen_weight=args.gen,
+                          nll_und_weight=args.nll_und, nll_gen_weight=args.nll_gen)
+        model.net.train()
+        for step in bar:
+            visits = range(step * args.batch, (step + 1) * args.batch)
+            log = train_step(model, optimizer, visits, args.micro_batch, batch_at,
+                             reference_logps, loss_fn, args.clip, accelerator)
+            log = {"step": step, **log, "lr": scheduler.get_last_lr()[0]}
+            assert_healthy(log, ids_at(visits), reference)
+            if not optimizer.step_was_skipped:
+                scheduler.step()
+            write_log(log, accelerator, args.out)
+            bar.set_postfix({k: f"{log[k]:.2f}" for k in ("loss", "accuracy_und", "accuracy_gen")})
 
-    state = accelerator.get_state_dict(model.net)
-    if accelerator.is_main_process:
-        save(model, args.out / "checkpoint", state)
-        remove(args.out / "state", args.out / "state.new")
-        print(f"{len(pairs)} pairs, {steps} steps: {args.out / 'checkpoint'}")
+        weights = final_weights(model.net, steps, accelerator)
+        if accelerator.is_main_process:
+            save(model, args.out / "checkpoint", weights)
+            finish(output)
+            print(f"{len(pairs)} pairs, {steps} steps: {args.out / 'checkpoint'}")
     accelerator.free_memory()
-    del model, optimizer  # a DDP model that outlives its process group can hang
+    del model, optimizer, state  # a DDP model that outlives its process group can hang
     accelerator.end_training()
 
 

@@ -2,7 +2,8 @@
 
 reads   records with questions, and a checkpoint
 writes  OUT/answers.jsonl   per record: the caption, all answers about the real image (the model's)
-                            and about the drawn image (the judge's), and which of them are right
+                            and about the drawn image (the judge's), and which of them are right;
+                            the drawings' codes (N,) are in OUT/answers-00000.safetensors, …
         OUT/metrics.json    understanding, caption score, generation, everything right, gap; each
                             with a bootstrap 95 % interval (evals/metrics.py)
         OUT/images          the first drawings, for people
@@ -21,23 +22,31 @@ the images that are in OUT/images and draw only those that are missing, so image
 can be put there.
 """
 
+import os
+from functools import cache
 from pathlib import Path
 
-from hermesflow.options import (add_model_options, add_sampling_options, model_inputs,
-                                require_positive, sampling_from, stage_parser)
-
-# file names in evals/
-UNDERSTANDING = ("pope", "mme", "vqav2", "gqa", "mmmu", "flickr30k")
-GENERATION = ("geneval", "dpg", "clipscore", "fid", "tifa")
+from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, deciding, judging_models,
+                              note_scored_images, scored_images)
+from evals.metrics import EvalRecord, evaluate, finished_table
+from evals.official import files_below
+from hermesflow.contents import ROOT
+from hermesflow.files import InputError
+from hermesflow.inputs import read_records
+from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
+                                exit_if_dry_run, folder, integer, model_inputs, sampling_from,
+                                stage_parser)
+from hermesflow.outputs import Output, complete, finish, run_main
+from hermesflow.records import CAPTION_QUESTION, Record, about, parse_record
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("what to evaluate").add_argument
-    add("--records", help="held-out records with questions")
-    add("--questions", help="the original vqa_data.json, joined to the records by id")
-    add("--n", type=int, help="only the first N records")
-    add("--out", type=Path, help="folder for the results")
+    add("--records", type=Path, help="held-out records with questions")
+    add("--questions", type=Path, help="the original vqa_data.json, joined to the records by id")
+    add("--n", type=COUNT, help="only the first N records; more of them continue from fewer")
+    add("--out", type=folder, help="folder for the results")
     add("--overwrite", action="store_true", help="empty OUT first")
     add_model_options(parser)
     add = parser.add_argument_group("judging").add_argument
@@ -50,20 +59,22 @@ def parse_args(argv=None):
     add_sampling_options(parser)
     add = parser.add_argument_group("benchmarks").add_argument
     add("--benchmark", choices=[*UNDERSTANDING, *GENERATION], help="instead of --records")
-    add("--data", type=Path, help="folder with the benchmark's official files")
+    add("--data", type=folder, help="folder with the benchmark's official files")
     add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="for geneval")
-    add("--clip", help="for geneval [openai/clip-vit-large-patch14] and "
-                       "clipscore [openai/clip-vit-base-patch32]")
+    add("--clip", help=f"for geneval [{CLIP['geneval']}] and clipscore [{CLIP['clipscore']}]")
     add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="for dpg")
     add = parser.add_argument_group("compare and report").add_argument
-    add("--compare", type=Path, nargs="+", metavar="OUT", help="compare finished evaluations")
-    add("--report", type=Path, metavar="RUN",
-        help="write RUN/report.html about a run of run_selfplay.sh")
-    add("--show", type=int, default=12, help="records in the pictures")
+    add("--compare", type=folder, nargs="+", metavar="OUT", help="compare finished evaluations")
+    add("--across", type=lambda text: text.replace("-", "_"), nargs="+", default=[],
+        choices=COMPARED, metavar="NAME",
+        help=f"settings in which they may differ: {', '.join(COMPARED)}")
+    add("--report", type=folder, metavar="RUN", help="of run_selfplay.sh: write RUN/report.html")
+    add("--show", type=integer(0), default=12, help="records in the pictures")
     add = parser.add_argument_group("run").add_argument
-    add("--max-new-tokens", type=int, default=20, help="per answer")
-    add("--seed", type=int, default=0, help="of the drawn images")
-    add("--batch", type=int, default=4, help="records at a time; does not change results")
+    add("--max-new-tokens", type=COUNT, default=20, help="per answer")
+    add("--seed", type=SEED, default=0, help="of the drawn images")
+    add("--batch", type=COUNT, default=4, help="records at a time; does not change results")
+    add_dry_run(parser)
     args = parser.parse_args(argv)
     subject = args.records or args.compare or (args.benchmark and args.data)
     if not (args.report or (args.out and subject)):
@@ -71,55 +82,94 @@ def parse_args(argv=None):
                      "is needed")
     if args.benchmark == "tifa" and args.judge == "toy":
         parser.error("--benchmark tifa needs another --judge: toy answers about toy images alone")
-    require_positive(parser, args, "steps", "batch", "n", "max_new_tokens")
+    args.guidance_interval = tuple(args.guidance_interval)
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        parser.error("--guidance-interval: the first share is above the second")
+    args.clip = args.clip or CLIP.get(args.benchmark)
+    for name in ("model", "judge", "caption_scorer", "matcher", "detector", "vqa"):
+        if not getattr(args, name).strip():
+            parser.error(f"--{name.replace('_', '-')} is empty")
+    exit_if_dry_run(args)
     return args
 
 
+def read_held_out(args) -> list[Record]:
+    """The first --n records. Raises InputError if one has no questions."""
+    records = read_records(args.records, args.questions)[: args.n]
+    for r in records:
+        if not r.questions:
+            raise InputError(f"{args.records}: id {r.id!r}: field 'questions' is empty")
+    return records
+
+
+def output_of(args, records=None, writes=("answers.jsonl", "images")) -> Output:
+    """What decides the results. records: what was read of args.records, if it was."""
+    held_out = cache(lambda: records or read_held_out(args))
+
+    def contents():
+        for r in held_out():
+            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
+
+    options = {**vars(args), "images": scored_images(args.benchmark, args.out)}
+    inputs = {**model_inputs(args), **judging_models(args.benchmark, options)}
+    code = [__file__]
+    if args.benchmark:
+        inputs["data"] = lambda: files_below(args.data)
+        code.append(str(ROOT / "evals" / f"{args.benchmark}.py"))
+    else:
+        inputs["records"] = contents
+    derived = ("images",) if args.benchmark else ("show",)
+    free = options.keys() - deciding(args.benchmark) - set(derived)
+    return Output(args.out, "04_eval", "metrics.json", (*writes, "metrics.json"), options,
+                  tuple(free), derived, inputs, tuple(code))
+
+
+def exit_if_complete(args) -> None:
+    if not (args.report or args.compare) and complete(output_of(args)):
+        if os.environ.get("RANK", "0") == "0":
+            print(finished_table(args.out))
+        raise SystemExit
+
+
+# before the heavy imports, so that --help, a mistake and a complete output are answered at once
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+    ARGS = parse_args()
+    run_main(lambda: exit_if_complete(ARGS))
 
 import json
-import shutil
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from itertools import islice
 
 import torch
 
 from evals.compare import compare
 from evals.judges import ModelNames, load_judge
-from evals.metrics import EvalRecord, evaluate, flat_table, table
 from evals.policy import asker, drawer
 from evals.report import report
-from hermesflow.files import InputError, read_object, write_text
+from hermesflow.files import write_text
 from hermesflow.pictures import record_image, save_picture, to_pil
-from hermesflow.records import (CAPTION_QUESTION, Record, parse_record, read_records,
-                                write_jsonl)
-from hermesflow.runs import map_records, prepare_output, run_main, say
+from hermesflow.runs import Earlier, Results, map_records, prepare_output, say
 from hermesflow.sampling import ImageSampling, TextRequest, stable_seed
 from hermesflow.scoring import answer_matcher, answer_questions, caption_scorer, is_correct
+from hermesflow.tables import tensors_of, write_table
 from model import Model, load_from
 
 # ----------------------------------------------------------------------------------- gap protocol
 
 
-def read_held_out(path, questions, n: int | None) -> list[Record]:
-    """The first n records. Raises InputError if one has no questions."""
-    records = read_records(path, questions)[:n]
-    for r in records:
-        if not r.questions:
-            message = "field 'questions' is empty; evaluation needs questions"
-            raise InputError(f"{path}: id {r.id!r}: {message}")
-    return records
-
-
-def evaluator(model: Model, judge, score_captions, match, sampling: ImageSampling, seed: int,
-              max_new_tokens: int):
+def evaluator(model: Model, load_tools, sampling: ImageSampling, seed: int, max_new_tokens: int):
     """A function of a few records: one caption, one drawing and all answers about each of them.
 
-    score_captions(captions, truth) -> scores; match(answer, choices) -> the choice that it means.
+    load_tools() -> score_captions(captions, truth) -> scores; match(answer, choices) -> choice;
+    the judge.
     """
 
     def evaluate_chunk(records: list[Record]) -> list[dict]:
+        score_captions, match, judge = load_tools()
+
         # understanding: the model about the real image
         pixels = torch.stack([record_image(model, r) for r in records])
         real = model.encode_image(pixels)  # (B, N)
@@ -134,115 +184,116 @@ def evaluator(model: Model, judge, score_captions, match, sampling: ImageSamplin
 
         results = []
         for i, r in enumerate(records):
-            gen_answers = judge.answer(pictures[i], r.questions)
-            gen_correct = judge.is_correct(gen_answers, r.questions)
-            result = EvalRecord(
+            with about(f"id {r.id!r}"):
+                caption_score = score_captions([captions[i]], r.caption)[0]
+                if not math.isfinite(caption_score):
+                    raise InputError(f"the score of its caption is {caption_score}")
+                und_correct = is_correct(answers[i], r.questions, match)
+                gen_answers = judge.answer(pictures[i], r.questions)
+                gen_correct = judge.is_correct(gen_answers, r.questions)
+            record = EvalRecord(
                 id=r.id,
                 image=r.image,
                 text=r.drawing_text,
                 questions=r.questions,
                 caption=captions[i],
-                caption_score=score_captions([captions[i]], r.caption)[0],
+                caption_score=caption_score,
                 und_answers=answers[i],
-                und_right=is_correct(answers[i], r.questions, match),
+                und_right=und_correct,
                 gen_answers=gen_answers,
                 gen_right=gen_correct,
                 all_right=judge.all_correct(pictures[i], r, gen_correct),
-                codes=drawn[i].tolist(),
             )
-            results.append(asdict(result))
+            results.append({**asdict(record), "codes": drawn[i].tolist()})
         return results
 
     return evaluate_chunk
 
 
-def save_evaluation(model: Model, results: list[dict], out: Path, show: int) -> dict:
+def as_result(record: EvalRecord) -> dict:
+    """A line of answers.jsonl as `evaluate_chunk` returned it."""
+    return {**asdict(record), "image": str(record.image),
+            "codes": tensors_of(record)["codes"].tolist()}
+
+
+def evaluated(records: Sequence[Record], results: Results) -> Iterator[tuple[EvalRecord, dict]]:
+    """Every record with its answers, and the codes of its drawing."""
+    for r, result in zip(records, results):
+        record = parse_record(EvalRecord, result, f"id {r.id!r}")
+        record.image = r.image  # as it stands in the records' file
+        yield record, {"codes": torch.tensor(result["codes"])}  # (N,)
+
+
+def save_evaluation(model: Model, records: Sequence[Record], results: Results, out: Path,
+                    show: int) -> dict:
     """OUT/images and OUT/answers.jsonl; returns the metrics."""
-    records = [parse_record(EvalRecord, r, f"{out}: id {r['id']!r}") for r in results]
-    shown = records[:show]
-    if shown:
-        codes = torch.tensor([r.codes for r in shown])  # (B, N)
-        for record, picture in zip(shown, to_pil(model.decode_image(codes))):
+    shown = islice(evaluated(records, results), show)
+    while some := list(islice(shown, 16)):
+        codes = torch.stack([tensors["codes"] for _, tensors in some])  # (B, N)
+        for (record, _), picture in zip(some, to_pil(model.decode_image(codes))):
             save_picture(picture, out / "images" / f"{record.id}.png")
-    write_jsonl(out / "answers.jsonl", records)
-    return evaluate(records)
-
-
-# -------------------------------------------------------------------------------------- benchmarks
-
-
-def text_files(data: Path) -> list[Path]:
-    """The official files of a benchmark without its images; a missing or other path as it is."""
-    files = [p for p in data.rglob("*") if p.suffix in (".json", ".jsonl", ".csv", ".txt")]
-    return sorted(files) or [data]
+    write_table(out / "answers.jsonl", evaluated(records, results))
+    return evaluate(record for record, _ in evaluated(records, results))
 
 
 # -------------------------------------------------------------------------------------------- main
-
-
-def print_table(out: Path) -> None:
-    """The metrics of a finished evaluation."""
-    metrics = read_object(out / "metrics.json")
-    if "benchmark" in metrics:
-        say(flat_table(metrics.pop("benchmark"), metrics))
-    else:
-        say(table({out.name: metrics}))
 
 
 def main(args):
     if args.report:
         return report(args.report, args.show)
     if args.compare:
-        return compare(args.compare, args.out, args.show)
+        return compare(args.compare, args.out, args.show, args.across)
 
     if args.benchmark:
-        inputs = {"data": text_files(args.data)}
+        benchmark = import_module(f"evals.{args.benchmark}")
+        output = output_of(args, writes=benchmark.WRITES)
         subject = f"benchmark {args.benchmark} of {args.data}"
     else:
-        records = read_held_out(args.records, args.questions, args.n)
-        inputs = {"records": args.records, "questions": args.questions,
-                  "images": [r.image for r in records]}
+        records = read_held_out(args)
+        output = output_of(args, records)
         subject = f"{len(records)} records of {args.records}, judge {args.judge}"
-    inputs |= model_inputs(args)
-    if not prepare_output(args.out, vars(args), "metrics.json", inputs):
-        return print_table(args.out)
+    if not prepare_output(output):
+        return say(finished_table(args.out))
     say(f"evaluating {args.model} on {subject}")
     model = load_from(args)
-    sampling = sampling_from(args)
 
     if args.benchmark in UNDERSTANDING:
-        benchmark = import_module(f"evals.{args.benchmark}")
         # captions are longer than answers
         max_new_tokens = getattr(benchmark, "MAX_NEW_TOKENS", args.max_new_tokens)
         ask = asker(model, args.out, args.batch, args.benchmark, max_new_tokens)
         metrics = {"benchmark": args.benchmark, **benchmark.run(args.data, args.out, ask)}
     elif args.benchmark in GENERATION:
-        benchmark = import_module(f"evals.{args.benchmark}")
-        draw = drawer(model, args.out, args.batch, args.benchmark, args.seed, sampling)
+        draw = drawer(model, args.out, args.batch, args.benchmark, args.seed,
+                      sampling_from(args))
         if args.benchmark == "tifa":
             match = answer_matcher(args.matcher, model.device)
             judge = load_judge(args.judge, model, match, args.max_new_tokens)
             scores = benchmark.run(args.data, args.out, draw, judge, match)
         else:
-            names = ModelNames(args.detector, args.clip, args.vqa)
-            scores = benchmark.run(args.data, args.out, draw, model.device, names)
+            scores = benchmark.run(args.data, args.out, draw, model.device,
+                                   ModelNames(args.detector, args.clip, args.vqa))
         metrics = {"benchmark": args.benchmark, **scores}
     else:
-        score_captions = caption_scorer(args.caption_scorer, model.device)
-        match = answer_matcher(args.matcher, model.device)
-        judge = load_judge(args.judge, model, match, args.max_new_tokens)
-        evaluate_chunk = evaluator(model, judge, score_captions, match, sampling, args.seed,
+        @cache
+        def load_tools():  # if there is a record to evaluate
+            match = answer_matcher(args.matcher, model.device)
+            judge = load_judge(args.judge, model, match, args.max_new_tokens)
+            return caption_scorer(args.caption_scorer, model.device), match, judge
+
+        evaluate_chunk = evaluator(model, load_tools, sampling_from(args), args.seed,
                                    args.max_new_tokens)
         results = map_records(evaluate_chunk, records, args.out, args.batch, "evaluate",
-                              length=lambda r: model.prompt_length(r.drawing_text))
+                              lambda r: model.prompt_length(r.drawing_text),
+                              Earlier(args.out / "answers.jsonl", EvalRecord, as_result))
         if results is None:
             return  # the main process writes
-        metrics = save_evaluation(model, results, args.out, args.show)
+        metrics = save_evaluation(model, records, results, args.out, args.show)
 
-    # last: its presence says that the stage is complete
-    write_text(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    shutil.rmtree(args.out / "parts", ignore_errors=True)
-    print_table(args.out)
+    write_text(args.out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    note_scored_images(output)
+    finish(output)
+    print(finished_table(args.out))
 
 
 if __name__ == "__main__":

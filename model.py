@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
-from hermesflow.checkpoints import (full_precision, load_tokenizer, load_weights, phi_config,
-                                    phi_fields, read_config, read_weights)
+from hermesflow.checkpoints import (full_precision, load_checkpoint, load_tokenizer, phi_config,
+                                    phi_fields, read_config)
 from hermesflow.files import InputError, atomic
 from hermesflow.magvit import Magvit, load_magvit, save_magvit
 from hermesflow.options import ImageSampling
@@ -263,7 +263,7 @@ def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu",
     phi = phi_config(name, config.get("llm_model_path", "microsoft/phi-1_5"))
     tokenizer = load_tokenizer(text_tokenizer or own.get("tokenizer") or "microsoft/phi-1_5")
     net = build_showo(config, phi, tokenizer, where)
-    load_weights(net, *read_weights(name), dtype)
+    load_checkpoint(net, name, dtype)
     # not among the weights, and float32 in every precision
     net.showo.model.rotary_emb = PhiRotaryEmbedding(phi)
     vq = load_magvit(image_tokenizer or own.get("magvitv2") or "showlab/magvitv2")

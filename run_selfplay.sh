@@ -7,9 +7,80 @@
 #
 # Rerun the same command to resume: finished stages are skipped, and refuse other settings.
 set -euo pipefail
-CONFIG=$(realpath "${1:-$(dirname "$0")/configs/toy.sh}")
+
+fail() {  # a mistake in the settings: one line, before any work
+  echo "error: ${*//$'\n'/ }" >&2
+  exit 2
+}
+
+# ----------------------------------------------------------------------------------------- settings
+
+[ $# -le 1 ] || fail "one file of settings is read, not $#: $*"
+CONFIG=${1-$(dirname "$0")/configs/toy.sh}
+[ -f "$CONFIG" ] && [ -r "$CONFIG" ] || fail "'$CONFIG' is no file of settings that can be read"
+CONFIG=$(realpath "$CONFIG")
 cd "$(dirname "$0")"
+# in a shell of its own first: a mistake in the file would end this one, whatever it prints
+SAID=$( (set -u; source "$CONFIG") 2>&1 > /dev/null) ||
+  fail "${SAID:-$CONFIG: its last command fails}"
 source "$CONFIG"
+LAUNCH_DPO=${LAUNCH_DPO:-${LAUNCH-}}
+
+for NAME in OUT ROUNDS SEED LAUNCH BASE TRAIN HELD_OUT JUDGE PAIRS; do
+  [[ ${!NAME-} == *[![:space:]]* ]] || fail "$NAME is empty, or $CONFIG does not set it"
+done
+for NAME in SAMPLE SCORE DPO EVAL; do
+  [[ $(declare -p "$NAME" 2> /dev/null) == "declare -a"* ]] ||
+    fail "$NAME is not set as an array by $CONFIG"
+done
+[[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS is not a whole number from 1 on"
+[[ $SEED =~ ^[0-9]+$ ]] || fail "SEED=$SEED is not a whole number from 0 on"
+[[ $PAIRS == self-play || $PAIRS == fresh ]] || fail "PAIRS=$PAIRS is neither self-play nor fresh"
+# records are given, or the toy world's, which are made below
+[[ $TRAIN == "$OUT/preference/records.jsonl" || -f $TRAIN ]] || fail "TRAIN=$TRAIN: no such file"
+[[ $HELD_OUT == "$OUT/held_out/records.jsonl" || -f $HELD_OUT ]] ||
+  fail "HELD_OUT=$HELD_OUT: no such file"
+
+# ------------------------------------------------------------------------------------------- stages
+
+PREVIOUS=()  # where the last round's pairs are, for self-play
+
+evaluate() {  # evaluate POLICY NAME OPTION…
+  $LAUNCH 04_eval.py --model "$1" --records "$HELD_OUT" --judge "$JUDGE" --seed "$SEED" \
+    --out "$OUT/eval/$2" "${EVAL[@]}" "${@:3}"
+}
+
+sample() {  # sample POLICY ROUND OPTION…
+  $LAUNCH 01_sample.py --model "$1" --records "$TRAIN" --round "$2" --seed "$SEED" \
+    --out "$OUT/round$2/samples" "${SAMPLE[@]}" "${@:3}"
+}
+
+score() {  # score POLICY ROUND OPTION…
+  $LAUNCH 02_score.py --model "$1" --samples "$OUT/round$2/samples" --out "$OUT/round$2/pairs" \
+    ${PREVIOUS[@]+"${PREVIOUS[@]}"} "${SCORE[@]}" "${@:3}"
+}
+
+train() {  # train POLICY ROUND OPTION…
+  $LAUNCH_DPO 03_pair_dpo.py --model "$1" --pairs "$OUT/round$2/pairs/pairs.jsonl" --round "$2" \
+    --seed "$SEED" --out "$OUT/round$2/train" "${DPO[@]}" "${@:3}"
+}
+
+# Every stage checks its options, and its batch against the number of processes, before the first
+# one works for hours.
+check() {  # check VARIABLE STAGE POLICY NAME
+  local said line
+  if ! said=$("${@:2}" --dry-run 2>&1 > /dev/null); then
+    line=$(grep -o -m 1 'error: .*' <<< "$said") || line="its launcher: ${said##*$'\n'}"
+    fail "$1: ${line#error: }"
+  fi
+}
+
+check EVAL evaluate "$BASE" base
+check SAMPLE sample "$BASE" "$ROUNDS"
+check SCORE score "$BASE" "$ROUNDS"
+check DPO train "$BASE" "$ROUNDS"
+
+# ------------------------------------------------------------------------------------------- rounds
 
 # the toy world's records: captions to learn from, and 600 held-out ones
 if [ "$TRAIN" = "$OUT/preference/records.jsonl" ] && [ ! -f "$TRAIN" ]; then
@@ -19,23 +90,14 @@ if [ "$HELD_OUT" = "$OUT/held_out/records.jsonl" ] && [ ! -f "$HELD_OUT" ]; then
   python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/held_out"
 fi
 
-evaluate() {  # evaluate POLICY NAME
-  $LAUNCH 04_eval.py --model "$1" --records "$HELD_OUT" --judge "$JUDGE" --seed "$SEED" \
-    --out "$OUT/eval/$2" "${EVAL[@]}"
-}
-
 evaluate "$BASE" base
 POLICY=$BASE
 EVALUATED=("$OUT/eval/base")
-PREVIOUS=()
 for ROUND in $(seq 1 "$ROUNDS"); do
   R=$OUT/round$ROUND
-  $LAUNCH 01_sample.py --model "$POLICY" --records "$TRAIN" --round "$ROUND" --seed "$SEED" \
-    --out "$R/samples" "${SAMPLE[@]}"
-  $LAUNCH 02_score.py --model "$POLICY" --samples "$R/samples" --out "$R/pairs" \
-    ${PREVIOUS[@]+"${PREVIOUS[@]}"} "${SCORE[@]}"
-  $LAUNCH 03_pair_dpo.py --model "$POLICY" --pairs "$R/pairs/pairs.jsonl" --round "$ROUND" \
-    --seed "$SEED" --out "$R/train" "${DPO[@]}"
+  sample "$POLICY" "$ROUND"
+  score "$POLICY" "$ROUND"
+  train "$POLICY" "$ROUND"
   POLICY=$R/train/checkpoint
   if [ "$PAIRS" = self-play ]; then PREVIOUS=(--previous "$R/pairs/pairs.jsonl"); fi
   evaluate "$POLICY" "round$ROUND"

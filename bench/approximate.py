@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from hermesflow.options import ImageSampling, stage_parser
+from hermesflow.options import COUNT, ImageSampling, stage_parser
 
 SETTINGS = {
     "exact": ImageSampling(20, 2.0),
@@ -22,8 +22,8 @@ PROMPT = "a big red circle left of a small blue square"
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
-    parser.add_argument("--images", type=int, default=256, help="of one prompt")
-    parser.add_argument("--times", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--images", type=COUNT, default=256, help="of one prompt")
+    parser.add_argument("--times", type=COUNT, default=3, help="of which the fastest counts")
     return parser.parse_args(argv)
 
 

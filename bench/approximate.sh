@@ -4,7 +4,11 @@
 #   bash bench/approximate.sh            # tables in runs/approximate/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/approximate}
+OUT=${OUT-runs/approximate}
+if [ $# -gt 0 ] || [ -z "$OUT" ]; then
+  echo "error: takes no arguments, and OUT, if it is set, is a folder" >&2
+  exit 2
+fi
 export OMP_NUM_THREADS=1
 if [ ! -f "$OUT/world/records.jsonl" ]; then
   python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/world" > /dev/null

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from hermesflow.options import stage_parser
+from hermesflow.options import COUNT, GUIDANCE, folder, integer, stage_parser
 
 SIZES = {  # differences from Phi-1.5
     "mid": dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
@@ -40,20 +40,20 @@ def parse_args(argv=None):
     add("--paths", nargs="+", choices=PATHS, default=PATHS, help="[both]")
     add("--size", choices=["toy", *SIZES], default="mid", help="of the model")
     add = parser.add_argument_group("amount of work").add_argument
-    add("--caption-tokens", type=int, default=40, help="per caption")
-    add("--answer-tokens", type=int, default=8, help="per answer")
-    add("--steps", type=int, default=3, help="decoding steps of the images")
-    add("--guidance", type=float, default=5.0, help="of the images")
-    add("--plain-images", type=int, default=4, help="that the plain path decodes together")
+    add("--caption-tokens", type=COUNT, default=40, help="per caption")
+    add("--answer-tokens", type=COUNT, default=8, help="per answer")
+    add("--steps", type=COUNT, default=3, help="decoding steps of the images")
+    add("--guidance", type=GUIDANCE, default=5.0, help="of the images")
+    add("--plain-images", type=COUNT, default=4, help="that the plain path decodes together")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="of both paths")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of ours: weights for sampling, autocast for training")
     add("--gradient-checkpointing", action="store_true", help="in ours")
-    add("--threads", type=int, help="of the CPU [torch's choice]")
+    add("--threads", type=integer(1, 1024), help="of the CPU [torch's choice]")
     # what a process of one measurement is told: a task and a path, and where its results go
-    parser.add_argument("--worker", nargs=2, help=SUPPRESS)
-    parser.add_argument("--results", type=Path, help=SUPPRESS)
+    parser.add_argument("--worker", nargs=2, choices=("ceiling", *TASKS, *PATHS), help=SUPPRESS)
+    parser.add_argument("--results", type=folder, help=SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -78,12 +78,14 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from bench import reference
 from hermesflow.checkpoints import load_tokenizer
-from hermesflow.files import load_tensors, save_tensors
+from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
+from hermesflow.outputs import run_main
 from hermesflow.records import CAPTION_QUESTION
 from hermesflow.sampling import random_mask, stable_seed, uniforms
 from hermesflow.showo import (Segment, Showo, Tokens, answer_segment, build_showo,
                               image_segment)
+from hermesflow.tables import load_tensors, save_tensors
 from model import (ImageBatch, ImageSampling, LogProbs, Model, TextBatch, TextRequest,
                    load)
 
@@ -471,6 +473,8 @@ def print_ratios(task: str, plain: dict, ours: dict, steps: int, bandwidth: floa
 
 
 def main(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is none")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.worker:
@@ -507,4 +511,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    run_main(lambda: main(ARGS))

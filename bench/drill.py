@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.kills import MOMENTS, finish, start, torchrun, tree
-from hermesflow.options import stage_parser
+from hermesflow.options import COUNT, SEED, stage_parser
 
 MODEL = ["--model", str(ROOT / "toy" / "base")]
 SAMPLE = ("--captions 4 --caption-settings 0:2.0 --max-new-tokens 16 --images 4 --steps 4 "
@@ -37,9 +37,9 @@ WITH_SEVERAL = ("01_sample", "03_pair_dpo")  # run in two processes, and on full
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--kills", type=int, default=100, help="of single stages, a quarter each; the loop and "
+    add("--kills", type=COUNT, default=100, help="of single stages, a quarter each; the loop and "
         "pairs of processes are killed a tenth as often")
-    add("--seed", type=int, default=0, help="of what is killed when")
+    add("--seed", type=SEED, default=0, help="of what is killed when")
     return parser.parse_args(argv)
 
 

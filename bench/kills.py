@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = ".run"  # of hermesflow/files.py
-MOMENTS = ("half", "before", "after")  # a temporary file half written; not yet renamed; renamed
+# a temporary file half written; not yet renamed; renamed; and results half appended
+MOMENTS = ("half", "before", "after", "append")
 PRELOAD = ["accelerate", "transformers.models.phi.modeling_phi", "model", "hermesflow.scoring",
            "hermesflow.runs", "evals.judges", "evals.metrics", "evals.policy", "toy.world"]
 
@@ -62,14 +63,18 @@ def run(stage: str, arguments: list[str], log: str, death, largest_file: int | N
 
 
 def die_at(number: int, moment: str) -> None:
-    """Kill this process at its number-th (from 0) rename of a finished file or folder."""
-    real_replace = os.replace
+    """Kill this process at its number-th (from 0) rename of a finished file, or append to a part."""
     count = 0
 
-    def replace(source, target):
+    def is_time() -> bool:
         nonlocal count
         count += 1
-        if count <= number:
+        return count > number
+
+    real_replace = os.replace
+
+    def replace(source, target):
+        if not is_time():
             return real_replace(source, target)
         if moment == "after":
             real_replace(source, target)
@@ -78,7 +83,21 @@ def die_at(number: int, moment: str) -> None:
             os.truncate(last, os.path.getsize(last) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = replace
+    from hermesflow.runs import Parts
+
+    real_append = Parts.append
+
+    def append(parts, results, rank):
+        before = parts.own.tell() if parts.own else 0
+        real_append(parts, results, rank)
+        if is_time():
+            os.truncate(parts.own.name, (before + parts.own.tell()) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "append":
+        Parts.append = append
+    else:
+        os.replace = replace
 
 
 def last_file(path: Path) -> Path:

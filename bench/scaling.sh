@@ -4,7 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-RECORDS=${1:-128}
+RECORDS=${1-128}
+if [ $# -gt 1 ] || ! [[ $RECORDS =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: takes one argument, RECORDS, a whole number from 1 on; not '$*'" >&2
+  exit 2
+fi
 OUT=$(mktemp -d)
 trap 'rm -r "$OUT"' EXIT
 python toy/world.py --split preference --n "$RECORDS" --seed 0 --out "$OUT/world" > /dev/null
@@ -23,4 +27,7 @@ for N in 1 2; do
   SAMPLING=$(echo "$BAR" | grep -o '[0-9:]*<' | tr -d '<')
   echo "$N processes: $ALL s with start-up, $SAMPLING min:s sampling"
 done
-cmp "$OUT/1/samples.safetensors" "$OUT/2/samples.safetensors" && echo "the same samples"
+for FILE in "$OUT"/1/samples*; do
+  cmp "$FILE" "$OUT/2/${FILE##*/}"
+done
+echo "the same samples"

@@ -4,17 +4,19 @@
 # Set a variable in the environment to change it. What you put into SAMPLE, SCORE, DPO or EVAL comes
 # after the flags below, so it wins over them and drops none of the others.
 
-OUT=${OUT:-runs/show-o}         # everything is written here
-ROUNDS=${ROUNDS:-3}
-SEED=${SEED:-0}
+OUT=${OUT-runs/show-o}          # everything is written here
+ROUNDS=${ROUNDS-3}
+SEED=${SEED-0}
 # one process per GPU; said in full, so that accelerate has nothing to remark
 ONE_HOST="--num_machines 1 --mixed_precision no --dynamo_backend no"
-LAUNCH=${LAUNCH:-accelerate launch --num_processes 8 $ONE_HOST}
-BASE=${BASE:-showlab/show-o-512x512}                    # the policy of round 0
-TRAIN=${TRAIN:-initial_data.json}                       # the original's records, or our JSONL
-HELD_OUT=${HELD_OUT:-held_out.jsonl}                    # records with questions, for the gap
-JUDGE=${JUDGE:-Qwen/Qwen2.5-VL-7B-Instruct}             # answers about drawings (the paper: GPT-4o)
-PAIRS=${PAIRS:-self-play}       # Eq. 9-10, as the paper; in large rounds of the toy, fresh pairs do
+LAUNCH=${LAUNCH-accelerate launch --num_processes 8 $ONE_HOST}
+LAUNCH_DPO=${LAUNCH_DPO-$LAUNCH}    # of 03_pair_dpo.py; sharded over 24 GB cards:
+                                    # "accelerate launch --config_file configs/fsdp.yaml"
+BASE=${BASE-showlab/show-o-512x512}                     # the policy of round 0
+TRAIN=${TRAIN-initial_data.json}                        # the original's records, or our JSONL
+HELD_OUT=${HELD_OUT-held_out.jsonl}                     # records with questions, for the gap
+JUDGE=${JUDGE-Qwen/Qwen2.5-VL-7B-Instruct}              # answers about drawings (the paper: GPT-4o)
+PAIRS=${PAIRS-self-play}        # Eq. 9-10, as the paper; in large rounds of the toy, fresh pairs do
                                 # better (toy/results/over_rounds.md)
 
 SAMPLE=(                        # 10 captions as released; 16 images, 50 steps, guidance 5

@@ -2,15 +2,16 @@
 # Set a variable in the environment to change it. What you put into SAMPLE, SCORE, DPO or EVAL comes
 # after the flags below, so it wins over them and drops none of the others.
 
-OUT=${OUT:-runs/toy}            # everything is written here
-ROUNDS=${ROUNDS:-2}
-SEED=${SEED:-0}
-LAUNCH=${LAUNCH:-python}        # two processes: "torchrun --nproc-per-node 2", OMP_NUM_THREADS=1
-BASE=${BASE:-toy/base}          # the policy of round 0
-TRAIN=${TRAIN:-$OUT/preference/records.jsonl}   # made by toy/world.py if they are not there
-HELD_OUT=${HELD_OUT:-$OUT/held_out/records.jsonl}
-JUDGE=${JUDGE:-toy}             # the toy world's exact oracle answers about drawings
-PAIRS=${PAIRS:-fresh}           # fresh: a round's own best and worst; self-play: Eq. 9-10
+OUT=${OUT-runs/toy}             # everything is written here
+ROUNDS=${ROUNDS-2}
+SEED=${SEED-0}
+LAUNCH=${LAUNCH-python}         # two processes: "torchrun --nproc-per-node 2", OMP_NUM_THREADS=1
+LAUNCH_DPO=${LAUNCH_DPO-$LAUNCH}   # of 03_pair_dpo.py
+BASE=${BASE-toy/base}           # the policy of round 0
+TRAIN=${TRAIN-$OUT/preference/records.jsonl}    # made by toy/world.py if they are not there
+HELD_OUT=${HELD_OUT-$OUT/held_out/records.jsonl}
+JUDGE=${JUDGE-toy}              # the toy world's exact oracle answers about drawings
+PAIRS=${PAIRS-fresh}            # fresh: a round's own best and worst; self-play: Eq. 9-10
 
 SAMPLE=(
   --captions 8                  # per image
@@ -31,7 +32,7 @@ DPO=(
   --lr 5e-5
   --schedule linear
   --warmup 0.1
-  --epochs 1                    # for a number of steps: --epochs 0 --steps N
+  --epochs 1                    # or --steps N
   --batch 16
   --micro-batch 16              # with N processes: 16 / N
   --nll-und 1                   # keeps captions where they are

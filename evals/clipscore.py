@@ -12,13 +12,14 @@ approximated nothing
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from evals.judges import Clip, ModelNames
+from evals.official import read_picture
 from evals.policy import draw_records
+from hermesflow.records import about
 
-CLIP = "openai/clip-vit-base-patch32"
+WRITES = ()  # but the images
 PREFIX = "A photo depicts "
 
 
@@ -35,12 +36,13 @@ def plain_cosine(cosines) -> np.ndarray:
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     """Means over the records."""
     drawn = draw_records(data, out, draw)
-    clip = Clip(names.clip or CLIP, device)
+    clip = Clip(names.clip, device)
     without_prefix = []
     with_prefix = []
     for record, file in tqdm(drawn, desc="CLIP"):
-        texts = clip.texts([record.drawing_text, PREFIX + record.drawing_text])  # (2, D)
-        image = clip.images([Image.open(file).convert("RGB")])[0]  # (D,)
+        with about(f"id {record.id!r}"):
+            texts = clip.texts([record.drawing_text, PREFIX + record.drawing_text])  # (2, D)
+            image = clip.images([read_picture(file)])[0]  # (D,)
         plain, prefixed = (texts @ image).tolist()
         without_prefix.append(plain)
         with_prefix.append(prefixed)

@@ -11,7 +11,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.mask2former import modeling_mask2former
 
-from evals.judges import Clip
+from evals.judges import Clip, require_finite
 from hermesflow.checkpoints import load_hf
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -37,6 +37,7 @@ class Detector:
         self.processor = load_hf(AutoImageProcessor, detector, size=MMDET_SIZE)
         self.model = load_mask2former(detector).to(device)
         self.clip = Clip(clip, device)
+        self.name = detector
         self.names = names
 
     @torch.inference_mode()
@@ -48,6 +49,8 @@ class Detector:
         """
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         out = self.model(**inputs)
+        require_finite(out.class_queries_logits, self.name)
+        require_finite(out.masks_queries_logits, self.name)
         classes = out.class_queries_logits[0].softmax(-1)[:, :-1]  # (Q, 80), without "nothing"
         values, index = classes.flatten().topk(min(top, classes.numel()))
         masks = out.masks_queries_logits  # (1, Q, h, w)

@@ -22,10 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from evals.judges import ModelJudge, ModelNames
-from evals.official import expected, get, percent, require
+from evals.official import expected, get, percent, read_picture, require
 from hermesflow.files import InputError, read_text, write_text
 from hermesflow.pictures import save_picture
+from hermesflow.records import check_id
 
+WRITES = ("answers.json",)
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 
@@ -54,6 +56,7 @@ def read(path) -> list[DpgQuestion]:
 
 def parse_row(row: dict, where: str) -> DpgQuestion:
     item, number, parents, proposition, question = (get(row, c, str, where) for c in COLUMNS)
+    check_id(item, set(), where)
     require(re.fullmatch(r"\s*\d+\s*", number, re.ASCII), where,
             f"field 'proposition_id' should be a whole number, found {number!r}")
     require(re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", parents, re.ASCII), where,
@@ -150,7 +153,7 @@ def draw_grids(data: Path, out: Path, draw, grids: dict[str, Path]) -> None:
         wanted.append((item, text, files))
     draw(wanted)
     for item, files in crops.items():
-        pictures = [Image.open(f) for f in files]
+        pictures = [read_picture(f) for f in files]
         width, height = pictures[0].size
         grid = Image.new("RGB", (2 * width, 2 * height))
         for k, picture in enumerate(pictures):  # top left, top right, bottom left, bottom right
@@ -160,7 +163,7 @@ def draw_grids(data: Path, out: Path, draw, grids: dict[str, Path]) -> None:
 
 def split_grid(file: Path) -> list[Image.Image]:
     """The four crops of a grid, in the order above."""
-    grid = Image.open(file).convert("RGB")
+    grid = read_picture(file)
     x, y = grid.size[0] // 2, grid.size[1] // 2
     corners = ((0, 0), (x, 0), (0, y), (x, y))
     return [grid.crop((left, top, left + x, top + y)) for left, top in corners]

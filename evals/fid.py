@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from evals.inception import Inception
-from evals.judges import ModelNames
+from evals.judges import ModelNames, require_finite
 from evals.official import expected, require
 from evals.policy import draw_records
 from hermesflow.checkpoints import load_weights, read_bin
@@ -26,6 +26,7 @@ from hermesflow.pictures import load_image
 
 STATISTICS = "MS-COCO_val2014_fid_stats.npz"
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+WRITES = ()  # but the images
 BATCH = 32
 
 
@@ -40,6 +41,7 @@ def read_statistics(path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # numpy, zip and pickle raise their own types
         message = f"{path}: cannot read ({reason(error)}); expected here: {what}"
         raise InputError(message) from None
+    require(np.isfinite(mu).all() and np.isfinite(sigma).all(), path, "NaN or infinity")
     fit = mu.ndim == 1 and sigma.shape == 2 * mu.shape
     require(fit, path, f"mu {mu.shape} and sigma {sigma.shape} do not fit")
     return mu, sigma
@@ -86,7 +88,10 @@ def inception_features(network: Inception, files: list[Path], device) -> np.ndar
     for start in tqdm(range(0, len(files), BATCH), desc="Inception"):
         images = [load_image(f, 299) for f in files[start : start + BATCH]]
         pixels = torch.stack(images).to(device)  # (B, 3, 299, 299)
-        features.append(network(pixels).double().cpu())
+        batch = network(pixels).double().cpu()  # (B, 2048)
+        for file, own in zip(files[start:], batch):
+            require_finite(own, f"{file}: {WEIGHTS}")
+        features.append(batch)
     return torch.cat(features).numpy()
 
 

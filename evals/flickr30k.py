@@ -18,6 +18,7 @@ from pathlib import Path
 from evals.official import get, read_json, require
 from hermesflow.files import write_text
 
+WRITES = ("flickr30k_captions.json",)
 PROMPT = "Provide a one-sentence caption for the provided image."
 MAX_NEW_TOKENS = 64  # 04_eval.py takes it instead of --max-new-tokens
 

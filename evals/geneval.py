@@ -16,16 +16,16 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from evals.detector import COLORS, Detector
 from evals.judges import ModelNames
-from evals.official import expected, get, read_json_lines, require
+from evals.official import expected, get, read_json_lines, read_picture, require, write_prompt
 from hermesflow.files import read_text, write_text
+from hermesflow.records import about
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-CLIP = "openai/clip-vit-large-patch14"  # the official colour classifier
+WRITES = ("results.jsonl",)
 
 
 def read(path) -> list[dict]:
@@ -75,9 +75,8 @@ def kept_objects(detections: list[dict], tag: str, threshold: float = 0.3,
     objects = {}
     for name in dict.fromkeys(d["class"] for d in detections):
         candidates = [d for d in detections if d["class"] == name and d["score"] > least]
-        candidates.sort(key=lambda d: d["score"])
         kept = []
-        for d in candidates[::-1][:max_objects]:
+        for d in sorted(candidates, key=lambda d: d["score"])[::-1][:max_objects]:
             if max_overlap == 1 or all(iou(k["box"], d["box"]) < max_overlap for k in kept):
                 kept.append(d)
         if kept:
@@ -182,19 +181,20 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
         files = [out / "images" / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(4)]
         wanted.append((f"{i:05d}", prompt["prompt"], files))
     draw(wanted)
-    detector = Detector(names.detector, names.clip or CLIP, classes, device)
+    detector = Detector(names.detector, names.clip, classes, device)
     results = []
     lines = []
     for prompt, (index, _, files) in zip(tqdm(prompts, desc="detect"), wanted):
-        write_text(out / "images" / index / "metadata.jsonl", json.dumps(prompt) + "\n")
+        write_prompt(out / "images" / index / "metadata.jsonl", prompt)
         for file in files:
-            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-            objects = kept_objects(detector.objects(image), prompt["tag"])
-            for detection in colored_objects(prompt, objects):
-                detection["color"] = detector.color(image, detection)
+            image = read_picture(file, upright=True)
+            with about(str(file)):
+                objects = kept_objects(detector.objects(image), prompt["tag"])
+                for detection in colored_objects(prompt, objects):
+                    detection["color"] = detector.color(image, detection)
             result = check_image(prompt, objects)
             results.append((prompt, result["correct"]))
-            line = {"filename": str(file), "tag": prompt["tag"], "prompt": prompt["prompt"]}
-            lines.append(json.dumps(line | result) + "\n")
+            line = dict(filename=str(file), tag=prompt["tag"], prompt=prompt["prompt"], **result)
+            lines.append(json.dumps(line) + "\n")
     write_text(out / "results.jsonl", "".join(lines))
     return summary(results)

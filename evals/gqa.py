@@ -17,6 +17,8 @@ from evals.official import SHORT_ANSWER, percent, read_json, require
 from hermesflow.files import write_text
 from hermesflow.records import parse_record
 
+WRITES = ("testdev_balanced_predictions.json",)
+
 
 @dataclass
 class Question:

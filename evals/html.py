@@ -3,10 +3,12 @@
 import base64
 import io
 import math
+import os
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from evals.official import read_picture
+from hermesflow.files import InputError
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:0 auto;padding:16px}
@@ -94,11 +96,30 @@ def html_table(markdown: str) -> str:
             + "</table></div>")
 
 
+def object_listing(values: dict) -> str:
+    """A JSON object of objects, such as settings.json: a section each, a line per value."""
+    lines = []
+    for section, value in values.items():
+        if not isinstance(value, dict):
+            lines.append(f"{section}: {value}")
+            continue
+        lines.append(f"\n{section}")
+        for name, inner in value.items():
+            if isinstance(inner, dict):
+                inner = ", ".join(f"{key} {v}" for key, v in inner.items())
+            lines.append(f"  {name:24} {inner}")
+    text = "\n".join(lines)
+    return f"<pre>{escape(text)}</pre>"
+
+
 def figure(path: Path, caption: str, kind: str = "") -> str:
-    """A picture inside the page, or nothing if there is no file; kind: "right", "wrong" or ""."""
-    if not path.is_file():
-        return ""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    """A picture inside the page, or a note if there is none; kind: "right", "wrong" or ""."""
+    if not os.path.exists(path):
+        return f"<figure><figcaption>{escape(caption)}: no picture</figcaption></figure>"
+    try:
+        picture = read_picture(path, upright=True)
+    except InputError as error:
+        return f"<figure><figcaption>{escape(f'{caption}: {error}')}</figcaption></figure>"
     picture.thumbnail((256, 256))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoProcessor,
     CLIPModel,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
 
 from hermesflow.checkpoints import load_hf
@@ -29,8 +31,26 @@ class ModelNames(NamedTuple):
     """The models that score generation benchmarks, by hub id or folder."""
 
     detector: str  # Mask2Former
-    clip: str | None  # None: the one that the benchmark is defined with
+    clip: str | None  # of geneval and clipscore
     vqa: str
+
+
+def require_finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """`values`. Raises InputError naming the model that gave them if they are NaN or infinite."""
+    if not values.isfinite().all():
+        raise InputError(f"{name}: its outputs are NaN or infinite")
+    return values
+
+
+class RefuseNaN(LogitsProcessor):
+    """Stops a text that a damaged model writes: the best of NaN is an answer like any other."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        require_finite(scores.amax(-1), self.name)  # (B,); −inf is a token that is not allowed
+        return scores
 
 
 def load_judge(name: str, model, match, max_new_tokens: int):
@@ -104,6 +124,8 @@ class ModelJudge:
         kind = AutoModelForVisualQuestionAnswering if self.is_vqa else AutoModelForImageTextToText
         self.model = load_hf(kind, name).to(device).eval()
         self.match = match
+        self.name = name
+        self.refuse_nan = LogitsProcessorList([RefuseNaN(name)])
 
     def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
         if self.is_vqa:
@@ -122,7 +144,8 @@ class ModelJudge:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+        ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False,
+                                  logits_processor=self.refuse_nan)[0]
         answer = ids[inputs["input_ids"].shape[1] :]  # without the prompt
         return self.processor.decode(answer, skip_special_tokens=True).strip()
 
@@ -132,9 +155,10 @@ class ModelJudge:
         inputs = inputs.to(self.model.device)
         # an answer is a class (ViLT) or a text (BLIP)
         if hasattr(self.model.config, "id2label") and not self.model.can_generate():
-            best = self.model(**inputs).logits.argmax(-1)
+            best = require_finite(self.model(**inputs).logits, self.name).argmax(-1)
             return self.model.config.id2label[int(best)]
-        ids = self.model.generate(**inputs, max_new_tokens=20)[0]
+        ids = self.model.generate(**inputs, max_new_tokens=20,
+                                  logits_processor=self.refuse_nan)[0]
         return self.processor.decode(ids, skip_special_tokens=True).strip()
 
     def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
@@ -148,6 +172,7 @@ class Clip:
     """Unit vectors of images and texts."""
 
     def __init__(self, name: str, device):
+        self.name = name
         self.processor = load_hf(AutoProcessor, name)
         self.model = load_hf(CLIPModel, name).to(device).eval()
 
@@ -166,4 +191,4 @@ class Clip:
     def normalize(self, features) -> torch.Tensor:
         # transformers 5 returns an output object, earlier versions the tensor itself
         features = getattr(features, "pooler_output", features)
-        return F.normalize(features, dim=-1)  # (B, D)
+        return F.normalize(require_finite(features, self.name), dim=-1)  # (B, D)

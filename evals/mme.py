@@ -24,6 +24,8 @@ TASKS = {
                   "code_reasoning"],
 }
 
+WRITES = ("mme_results",)
+
 
 @dataclass
 class Question:

@@ -23,6 +23,8 @@ from pathlib import Path
 from evals.official import SHORT_ANSWER, get, only, percent, read_json_lines, require
 from hermesflow.files import write_text
 
+WRITES = ("mmmu_predictions.json",)
+
 
 @dataclass
 class Question:
@@ -54,10 +56,8 @@ def read(path) -> list[Question]:
         else:
             lettered = {chr(ord("A") + i): text for i, text in enumerate(options)}
             answers = [answer]
-
-        names = [f"image_{i}" for i in range(1, 8)]
-        images = [get(record, n, str, where) for n in names if record.get(n) is not None]
-        images = [os.path.join(os.path.dirname(path), image) for image in images]
+        names = [f"image_{i}" for i in range(1, 8) if record.get(f"image_{i}") is not None]
+        images = [os.path.join(os.path.dirname(path), get(record, n, str, where)) for n in names]
         id = get(record, "id", str, where)
         question = get(record, "question", str, where)
         questions.append(Question(id, question, lettered, images, answers))

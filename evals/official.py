@@ -4,14 +4,23 @@ Wrong or missing files raise InputError, which names the file, the line or recor
 the official file that belongs there.
 """
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from hermesflow.files import InputError, parse_json, read_text
+from PIL import Image, ImageOps
+
+from hermesflow.contents import Item
+from hermesflow.files import (InputError, parse_json, read_object, read_text, reason,
+                              require_regular, write_text)
 from hermesflow.records import parse_value
 
 # LLaVA's wording, for POPE, MME, VQAv2 and GQA
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+TEXTS_AND_WEIGHTS = (".json", ".jsonl", ".csv", ".txt", ".npz", ".pth")
+MANY = 10_000  # files, at which hashing the images would take longer than a rerun may
 
 
 def require(condition, where, problem: str) -> None:
@@ -70,3 +79,55 @@ def get(record: dict, name: str, kind, where: str):
 def percent(values) -> float:
     """Mean of shares, in percent."""
     return 100 * sum(values) / len(values)
+
+
+def read_picture(path, upright: bool = False) -> Image.Image:
+    """An image file in RGB; upright: turned as its EXIF says. Raises InputError if it is none."""
+    try:
+        require_regular(path)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image) if upright else image
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, …
+        raise InputError(f"{path}: cannot read image: {reason(error)}") from None
+
+
+def write_prompt(file: Path, record: dict) -> None:
+    """A record beside the images of its prompt, unless one came with another model's images.
+
+    Raises InputError if that is of another prompt.
+    """
+    if file.exists():
+        theirs = read_object(file).get("prompt")
+        require(theirs == record["prompt"], file, f"of {theirs!r}, not of {record['prompt']!r}")
+    else:
+        write_text(file, json.dumps(record) + "\n")
+
+
+def files_below(folder: Path) -> Iterator[Item]:
+    """A file, or all files of a folder, for `Output.inputs`; of MANY, images by their size alone.
+
+    The number comes first, so that a folder with more files is another one, not one that has grown.
+    """
+    if not folder.is_dir():
+        yield (folder,)
+        return
+    files = sorted(walk(folder))
+    yield (f"{len(files)} files",)
+    for file in files:
+        name = file[len(str(folder)) :]
+        if len(files) <= MANY or file.endswith(TEXTS_AND_WEIGHTS):
+            yield name, Path(file)
+        else:
+            yield (f"{name} {os.path.getsize(file)}",)
+
+
+def walk(folder) -> Iterator[str]:
+    """The files below a folder, also behind links, without hidden ones."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [n for n in folders if not n.startswith(".") and real not in seen]
+        if real not in seen:
+            seen.add(real)
+            yield from (os.path.join(parent, n) for n in names if not n.startswith("."))

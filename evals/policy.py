@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from hermesflow.inputs import read_records
 from hermesflow.options import ImageSampling
 from hermesflow.pictures import load_image, save_picture, to_pil
-from hermesflow.records import Record, read_records
+from hermesflow.records import Record
 from hermesflow.runs import map_records, processes
 from hermesflow.sampling import TextRequest, stable_seed
 

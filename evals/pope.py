@@ -19,6 +19,7 @@ from hermesflow.files import write_text
 from hermesflow.records import parse_record
 
 SPLITS = ("random", "popular", "adversarial")
+WRITES = tuple(f"coco_pope_{split}_answers.jsonl" for split in SPLITS)
 
 
 @dataclass

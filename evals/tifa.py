@@ -16,12 +16,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from evals.official import read_json, require
+from evals.official import read_json, read_picture, require
 from hermesflow.files import write_text
-from hermesflow.records import Question, parse_record
+from hermesflow.records import Question, about, check_id, parse_record
 
+WRITES = ("answers.json",)
 FILE = "tifa_v1.0_question_answers.json"
 
 
@@ -41,6 +40,7 @@ def read(path) -> list[TifaQuestion]:
         where = f"{path}: record {n}"
         question = parse_record(TifaQuestion, record, where)
         require(question.choices, where, "field 'choices' is empty")
+        check_id(question.id, set(), where)
         questions.append(question)
     return questions
 
@@ -77,11 +77,14 @@ def run(data: Path, out: Path, draw, judge, match) -> dict:
 
     results = []
     for id, asked in by_caption.items():
-        picture = Image.open(files[id]).convert("RGB")
+        picture = read_picture(files[id])
         plain = [Question(q.question, q.choices, q.answer, q.element_type) for q in asked]
-        for q, answer in zip(asked, judge.answer(picture, plain), strict=True):
-            choice = answer if answer in q.choices else match(answer, q.choices)
-            results.append({"id": id, "question": q.question, "answer": answer, "choice": choice})
+        with about(f"id {id!r}"):
+            answers = judge.answer(picture, plain)
+            for q, answer in zip(asked, answers, strict=True):
+                choice = answer if answer in q.choices else match(answer, q.choices)
+                results.append({"id": id, "question": q.question, "answer": answer,
+                                "choice": choice})
     write_text(out / "answers.json", json.dumps(results, indent=1) + "\n")
 
     # a caption's questions need not stand together in the file

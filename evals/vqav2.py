@@ -20,6 +20,8 @@ from evals.official import SHORT_ANSWER, get, only, percent, read_json, require
 from hermesflow.files import write_text
 from hermesflow.scoring import DIGITS
 
+WRITES = ("vqa_results.json",)
+
 
 @dataclass
 class Question:

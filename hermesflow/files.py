@@ -49,7 +49,7 @@ def require_regular(path) -> None:
     """Raises OSError for anything but a file: a named pipe would be waited for, for ever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise OSError(0, "is a folder" if stat.S_ISDIR(mode) else "not a regular file")
+        raise OSError("is a folder" if stat.S_ISDIR(mode) else "not a regular file")
 
 
 def read_text(path) -> str:
@@ -123,9 +123,10 @@ class Holding:
     def claim(self, path: Path) -> None:
         """Note that `path` will be written. Raises InputError if it is there and not ours."""
         self.check()
-        name = str(path.relative_to(self.folder))
-        if name in self.written:
-            return
+        name = path.relative_to(self.folder)
+        if str(name) in self.written or any(finished_path(p) != p for p in name.parents):
+            return  # ours already, or inside a folder that will be renamed
+        name = str(name)
         if os.path.lexists(path):
             raise InputError(f"{path}: is there already, and no stage wrote it; move it away")
         with open(self.manifest, "a", encoding="utf-8") as manifest:
@@ -136,8 +137,7 @@ class Holding:
         """Remove what a killed run left half-written: temporary siblings of files it wrote."""
         for folder in {(self.folder / name).parent for name in self.written}:
             for file in folder.glob(".*.tmp"):
-                of = re.fullmatch(r"\.(.+)\.\d+\.tmp", file.name)
-                if of and str((folder / of[1]).relative_to(self.folder)) in self.written:
+                if str(finished_path(file).relative_to(self.folder)) in self.written:
                     remove(file)
 
 
@@ -174,6 +174,16 @@ def writing(path):
         raise InputError(message) from None
 
 
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def finished_path(path: Path) -> Path:
+    """What a temporary file would have been renamed to; any other path as it is."""
+    of = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+    return path.with_name(of[1]) if of else path
+
+
 @contextmanager
 def atomic(path):
     """Yield a temporary sibling of `path` (file or folder), renamed if the block succeeds.
@@ -181,7 +191,7 @@ def atomic(path):
     Below an output folder that this process holds, files that no stage wrote are not replaced.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,16 @@ coarsest one.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from hermesflow.checkpoints import full_precision, load_weights, read_config, read_weights
-from hermesflow.files import atomic
+from hermesflow.checkpoints import (check_fields, full_precision, load_checkpoint, read_config,
+                                    refuse)
+from hermesflow.files import InputError, atomic
 
 
 @dataclass
@@ -31,8 +32,13 @@ class MagvitConfig:
     decoder_blocks: tuple = (4, 4, 3, 4, 3)
 
 
+NUMBERS = {"ch": (int, 2**14), "bits": (int, 24)}
+LISTS = {"encoder_mult": 1, "encoder_blocks": 0, "decoder_mult": 1, "decoder_blocks": 0}  # at least
+GROUPS = 32  # of channels, in every normalisation
+
+
 def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -182,13 +188,32 @@ class Magvit(nn.Module):
         return self.decoder(bits.transpose(1, 2).unflatten(2, (height, -1)))
 
 
+def magvit_config(folder) -> MagvitConfig:
+    """The sizes in a folder or hub repository. Raises InputError naming the field that is wrong."""
+    values = asdict(MagvitConfig())
+    values |= {name: value for name, value in read_config(folder).items() if name in values}
+    where = f"{folder}/config.json"
+    check_fields(values, NUMBERS, where)
+    if values["ch"] % GROUPS:
+        refuse(where, "ch", f"a multiple of {GROUPS}", values["ch"])
+    for name, least in LISTS.items():
+        value = values[name]
+        listed = isinstance(value, (list, tuple)) and len(value) > 0
+        if not listed or not all(type(n) is int and least <= n <= 64 for n in value):
+            refuse(where, name, f"a list of whole numbers from {least} to 64", value)
+    lengths = {name: len(values[name]) for name in LISTS}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"'{name}' {length}" for name, length in lengths.items())
+        raise InputError(f"{where}: fields of one number per level have different lengths: {found}")
+    return MagvitConfig(**values)
+
+
 def load_magvit(folder) -> Magvit:
     """The frozen image tokenizer of a folder or hub repository."""
-    config = read_config(folder)
-    known = {f.name: config[f.name] for f in fields(MagvitConfig) if f.name in config}
+    config = magvit_config(folder)
     with torch.device("meta"):
-        vq = Magvit(MagvitConfig(**known))
-    load_weights(vq, *read_weights(folder))
+        vq = Magvit(config)
+    load_checkpoint(vq, folder)
     return vq.eval().requires_grad_(False)
 
 

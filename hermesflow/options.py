@@ -42,7 +42,7 @@ def number_type(convert, low, high, what: str):
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         # a comparison with NaN is false
         if not low <= value <= high:
-            upto = f" to {high:g}" if high < 2**31 - 1 else " or more"
+            upto = " or more" if value < low and high >= 2**31 - 1 else f" to {high:g}"
             raise argparse.ArgumentTypeError(f"{text} should be {low:g}{upto}")
         return value
 
@@ -97,7 +97,7 @@ class StageParser(argparse.ArgumentParser):
     """Mistakes end in one line and exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help explains)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (--help explains)\n")
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -111,6 +111,30 @@ class StageParser(argparse.ArgumentParser):
 
 def stage_parser(description: str) -> StageParser:
     return StageParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def process_count() -> int:
+    """How many processes the launcher (torchrun, accelerate launch) has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def check_batch(parser: StageParser, batch: int, micro_batch: int) -> None:
+    """Refuse a step that is no whole number of micro-batches of all processes."""
+    processes = process_count()
+    if batch % (micro_batch * processes):
+        several = f" times {processes} processes" if processes > 1 else ""
+        parser.error(f"--batch {batch} is not a multiple of --micro-batch {micro_batch}{several}")
+
+
+def add_dry_run(parser: StageParser) -> None:
+    parser.add_argument("--dry-run", action="store_true",
+        help="check options and number of processes, and exit")
+
+
+def exit_if_dry_run(args) -> None:
+    """The end of a dry run; --dry-run is no setting of what a stage writes."""
+    if vars(args).pop("dry_run"):
+        sys.exit()
 
 
 def add_checkpoint_options(group) -> None:

@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from hermesflow.contents import ROOT, code_of, content, digest, pieces
-from hermesflow.files import (HELD, Holding, InputError, read_object, reason, remove, write_text,
-                              writing, written_files)
+from hermesflow.files import (HELD, Holding, InputError, finished_path, read_object, reason, remove,
+                              write_text, writing, written_files)
 
 FORMAT = "3"  # of all files that stages write
 # what a stage continues from; removed when it is complete
@@ -173,12 +173,12 @@ def prepare(output: Output) -> Holding:
     input, is in use, or was made from something else.
     """
     check_place(output)
-    if read_mark(output) is None:
+    if read_mark(output) is None or output.args["overwrite"]:
         refuse_others_files(output)
     holding = lock(output.folder)
+    holding.remove_temporaries()
     if output.args["overwrite"]:
         empty(holding)
-        refuse_others_files(output)
     before = read_mark(output)
     now = describe(output)
     if before is not None:
@@ -187,7 +187,6 @@ def prepare(output: Output) -> Holding:
         now["complete"] = before["complete"] and not again
         if again and before["complete"]:
             print(f"{output.folder}: made again from its results: {', '.join(again)}", flush=True)
-    holding.remove_temporaries()
     if before != now:
         write_mark(output, now)
     return holding
@@ -224,6 +223,8 @@ def read_mark(output: Output) -> dict | None:
             raise InputError(f"{output.folder}: {message}; use another --out")
         return None
     mark = read_object(file)
+    if mark.get("format") != FORMAT and output.args["overwrite"]:
+        return None
     if mark.get("format") != FORMAT:
         message = f"made by another version (format {mark.get('format')} -> {FORMAT})"
         raise InputError(f"{output.folder}: {message}; use another --out")
@@ -280,15 +281,17 @@ def read_paths(output: Output) -> dict[str, set[Path]]:
 def refuse_others_files(output: Output) -> None:
     """Raises InputError if what the stage will write is there and no stage wrote it."""
     ours = written_files(output.folder)
-    for name in (*output.writes, "settings.json", *TEMPORARY):
+    kept = () if ours else TEMPORARY  # below these, no file is listed
+    for name in (*output.writes, "settings.json", *kept):
         path = output.folder / name
-        theirs = os.path.lexists(path) and name not in ours
+        found = [path] if os.path.lexists(path) else []
         if path.is_dir():
-            theirs = any(str(p.relative_to(output.folder)) not in ours
-                         for p in path.rglob("*") if not p.is_dir())
+            found = sorted(p for p in path.rglob("*") if not p.is_dir())
+        names = {p: str(finished_path(p).relative_to(output.folder)) for p in found}
+        theirs = [p for p in found if names[p] not in ours]
         if theirs:
-            message = f"{name} is there already, and no stage wrote it; use another --out"
-            raise InputError(f"{output.folder}: {message}")
+            message = "is there already, and no stage wrote it; use another --out"
+            raise InputError(f"{theirs[0]}: {message}")
 
 
 def empty(holding: Holding) -> None:

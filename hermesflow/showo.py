@@ -6,6 +6,7 @@ size, H heads of width d.
 """
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.phi.modeling_phi import PhiModel
 
+from hermesflow.checkpoints import SIZE, check_fields, refuse
 from hermesflow.files import InputError
 from hermesflow.sampling import MASKED
 
 IGNORE = -100  # "no label here"
+SIZES = dict(vocab_size=SIZE, llm_vocab_size=SIZE, codebook_size=SIZE, num_vq_tokens=SIZE)
 # transformers renames these; the old names warn where the new ones exist
 CACHE = "cache" if "cache" in inspect.signature(PhiModel.forward).parameters else "past_key_values"
 RENAMED = hasattr(PhiModel, "activation_checkpointing_enable")
@@ -328,10 +331,9 @@ def decay_groups(net: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_showo(config: dict, phi: PhiConfig, tokenizer, where: str = "config.json") -> Showo:
     """An empty model on the meta device. Raises InputError if config and tokenizer disagree."""
-    for name in ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens"):
-        if type(config.get(name)) is not int:
-            message = f"field '{name}' should be a number, found {config.get(name)!r}"
-            raise InputError(f"{where}: {message}")
+    check_fields(config, SIZES, where)
+    if math.isqrt(config["num_vq_tokens"]) ** 2 != config["num_vq_tokens"]:
+        refuse(where, "num_vq_tokens", "a square number", config["num_vq_tokens"])
     tokens = Tokens(tokenizer, config["codebook_size"], config["num_vq_tokens"])
     if config["llm_vocab_size"] != tokens.text_size:
         message = f"is {config['llm_vocab_size']}, the text tokenizer has {tokens.text_size} tokens"

@@ -2,8 +2,8 @@
 
 NAME.jsonl holds a record a line; its `shard` and `row` say where its tensors are, and `digest` is
 their content. NAME-00000.safetensors, NAME-00001.safetensors, … hold int32 tensors of many
-records, stacked: (R, …), padded with -1. Both are written and read a record at a time, so memory does not
-grow with their number; no file grows beyond SHARD_BYTES.
+records, stacked: (R, …), padded with -1. Both are written and read a record at a time, so memory
+does not grow with their number; no shard grows beyond SHARD_BYTES and a record.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from hermesflow.files import InputError, atomic, reading, remove, require_regular
 from hermesflow.jsonl import Lines, to_line
 
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 64 * 2**20  # at which another shard is begun,
+SHARD_ROWS = 4096  # or at these many records: they are in memory until then
 Tensors = dict[str, torch.Tensor]
 
 
@@ -51,7 +52,7 @@ def write_table(path, rows) -> int:
     count = 0
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as lines:
         for record, tensors in rows:
-            if shard.bytes >= SHARD_BYTES:
+            if shard.bytes >= SHARD_BYTES or len(shard.rows) == SHARD_ROWS:
                 shard.save()
                 shard = Shard(path, shard.number + 1)
             lines.write(to_line(shard.add(record, tensors), path.parent))

@@ -28,11 +28,12 @@ from evals.detector import Detector, load_mask2former
 from evals.metrics import EvalRecord
 from hermesflow.files import InputError
 from hermesflow.pictures import load_image, to_pil
-from hermesflow.records import Pair, Question, write_jsonl
+from hermesflow.records import Pair, Question
 from hermesflow.sampling import stable_seed
 from hermesflow.scoring import nearest_text
+from hermesflow.tables import write_table
 from model import ImageSampling, Model, TextRequest, load, save
-from test_judges import save_blip
+from test_judges import put_evaluation, save_blip
 from tiny import tiny_model
 
 evaluation = stage("04_eval")
@@ -78,7 +79,7 @@ def run(base, name: str, data, out, *more) -> dict:
 def files_of(folder) -> dict[str, bytes]:
     """What a run writes, without its settings."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    results = [p for p in files if p.name not in ("settings.json", ".lock")]
+    results = [p for p in files if p.name != "settings.json" and p.parent.name != ".run"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in results}
 
 
@@ -306,7 +307,7 @@ def test_finished_runs_are_left_alone(understood, base, monkeypatch, capsys):
     monkeypatch.setattr(Model, "generate_text", None)  # a call would fail
     run(base, name, data, out, "--max-new-tokens", TOKENS)
     assert files_of(out) == before and f"| {name} " in capsys.readouterr().out
-    with pytest.raises(InputError, match="other settings.*max_new_tokens 6 -> 7"):
+    with pytest.raises(InputError, match="other settings.*max-new-tokens 6 -> 7"):
         run(base, name, data, out, "--max-new-tokens", 7)
 
 
@@ -642,11 +643,12 @@ def test_geneval_keeps_images(base, mask2former, clip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["evaluation_metadata.jsonl", "object_names.txt"])
-def test_geneval_missing_files(base, tmp_path, name):
+def test_geneval_missing_files(base, mask2former, clip, tmp_path, name):
     geneval_data(tmp_path / "data", "thing 0")
     (tmp_path / "data" / name).unlink()
     with pytest.raises(InputError, match=f"{name}: not found.*djghosh13/geneval"):
-        run(base, "geneval", tmp_path / "data", tmp_path / "out")
+        run(base, "geneval", tmp_path / "data", tmp_path / "out", "--detector", mask2former,
+            "--clip", clip)
 
 
 # ---------------------------------------------------------------------------------------------- dpg
@@ -732,13 +734,16 @@ def test_dpg(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dpg_bench.csv", "prompts/7.txt"])
 def test_dpg_missing_files(base, tmp_path, name):
-    put(tmp_path / "prompts" / "7.txt", "a ring")
-    put(tmp_path / "dpg_bench.csv",
+    data = tmp_path / "data"
+    blip = tmp_path / "blip"
+    save_blip(blip)
+    put(data / "prompts" / "7.txt", "a ring")
+    put(data / "dpg_bench.csv",
         "item_id,proposition_id,dependency,tuple,question_natural_language\n"
         "7,1,0,entity - whole (ring),is it?\n")
-    (tmp_path / name).unlink()
+    (data / name).unlink()
     with pytest.raises(InputError, match=name):
-        run(base, "dpg", tmp_path, tmp_path / "out", *DRAWING)
+        run(base, "dpg", data, tmp_path / "out", *DRAWING, "--vqa", blip)
 
 
 # --------------------------------------------------------------------------------------------- tifa
@@ -926,11 +931,12 @@ def test_fid(base, tmp_path):
 
 @pytest.mark.parametrize("name", [STATISTICS, WEIGHTS])
 def test_fid_missing_files(base, tmp_path, name):
-    np.savez(tmp_path / STATISTICS, mu=np.zeros(2), sigma=np.eye(2))
-    put(tmp_path / WEIGHTS, "not weights")
-    (tmp_path / name).unlink()
+    data = tmp_path / "data"
+    put(data / WEIGHTS, "not weights")
+    np.savez(data / STATISTICS, mu=np.zeros(2), sigma=np.eye(2))
+    (data / name).unlink()
     with pytest.raises(InputError, match=re.escape(name)):
-        run(base, "fid", tmp_path, tmp_path / "out")
+        run(base, "fid", data, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -947,10 +953,9 @@ def report_evaluation(folder, real: Path, gen_right: list[bool]) -> None:
     for id, text in (("a", NASTY), ("b", "two blue squares")):
         records.append(EvalRecord(
             id, str(real), text, questions, "a caption", 0.25, ["yes", "two"], [True, True],
-            ["no", "two"], gen_right, all(gen_right), [0]))
+            ["no", "two"], gen_right, all(gen_right)))
         photo(folder / "images" / f"{id}.png", 1)
-    write_jsonl(folder / "answers.jsonl", records)
-    put(folder / "settings.json", {"judge": f"the judge of {folder.name}"})
+    put_evaluation(folder, records, judge=f"the judge of {folder.name}")
 
 
 @pytest.fixture
@@ -962,9 +967,11 @@ def finished(tmp_path):
     report_evaluation(folder / "eval" / "round1", real, [True, True])
     pairs = []
     for id in "xy":
-        pairs.append(Pair(id, "", NASTY, "", [0], f"good {id} <i>", f"bad {id}", [0], [0],
-                          0.875, 0.125, [0], [0], 0.75, 0.25, [], ["is it <u>blue</u>?"]))
-    write_jsonl(folder / "round1" / "pairs" / "pairs.jsonl", pairs)
+        pairs.append(Pair(id, "", NASTY, "", f"good {id} <i>", f"bad {id}", 0.875, 0.125, 0.75,
+                          0.25, "", "is it <u>blue</u>?\nhow many?"))
+    (folder / "round1" / "pairs").mkdir(parents=True)
+    tensors = {"image": torch.tensor([0])}
+    write_table(folder / "round1" / "pairs" / "pairs.jsonl", [(p, tensors) for p in pairs])
     for side in ("real", "win", "lose"):  # of the first pair alone
         photo(folder / "round1" / "pairs" / "images" / f"x-{side}.png", 2)
     log = []
@@ -974,7 +981,10 @@ def finished(tmp_path):
             line[f"{key}_und"] = line[f"{key}_gen"] = math.exp(-step)
         log.append(line)
     put_lines(folder / "round1" / "train" / "train.jsonl", log)
-    put(folder / "round1" / "train" / "settings.json", {"lr": "<1e-3>"})
+    put(folder / "round1" / "train" / "settings.json",
+        {"stage": "03_pair_dpo", "settings": {"lr": "<1e-3>"},
+         "inputs": {"pairs": {"items": 2, "content": "0123456789abcdef"}, "reference": None},
+         "code": {"03_pair_dpo.py": "fedcba9876543210"}})
     return folder
 
 
@@ -990,10 +1000,10 @@ IN_THE_PAGE = (
     "<td>color</td><td>2</td><td>1.000</td><td>1.000</td><td>0.000</td><td>1.000</td>",
     # records and pairs
     "two blue squares", "win 0.88", "lose 0.12", "win 0.75", "lose 0.25", "good x &lt;i&gt;",
-    "bad x", "is it &lt;u&gt;blue&lt;/u&gt;?", "nothing",
+    "bad x", "is it &lt;u&gt;blue&lt;/u&gt;?; how many?", "nothing",
     # training and settings
     "round1: training", "loss_und", "win_change_gen", "the judge of base", "eval/round1",
-    "&lt;1e-3&gt;",
+    "&lt;1e-3&gt;", "items 2, content 0123456789abcdef", "fedcba9876543210",
 )
 
 

@@ -5,18 +5,28 @@ A value or an InputError of one line, never another exception.
 
 import io
 import json
+import os
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save
 
 from evals import dpg, fid, flickr30k, geneval, gqa, mme, mmmu, pope, tifa, vqav2
-from hermesflow.files import InputError, load_tensors, read_object
+from hermesflow.contents import content, digest, remembered_file
+from hermesflow.files import PRIVATE, InputError, read_object, write_text, written_files
+from hermesflow.inputs import read_records
+from hermesflow.jsonl import lines_of, read_jsonl
+from hermesflow.outputs import Output, complete, finish, prepare, read_mark
 from hermesflow.pictures import load_image
-from hermesflow.records import Pair, Record, Sample, Score, read_jsonl, read_records
+from hermesflow.records import Pair, Question, Record, Sample, Score
 from hermesflow.scoring import keep_questions, nearest_text, parse_questions
+from hermesflow.tables import check_pairs, check_samples, load_tensors, tensors_of, write_table
 
 
 def fuzz(examples: int):
@@ -36,7 +46,8 @@ def survives(reader, *arguments):
 
 FIELDS = ["id", "image", "caption", "prompt", "questions", "question", "choices", "answer",
           "element", "img_path", "captions", "scores", "caption_scores", "image_scores", "answers",
-          "image_codes", "win_caption", "win_caption_ids", "label", "text", "question_id",
+          "win_caption", "win_image_wrong", "correct", "shard", "row", "digest", "label", "text",
+          "question_id",
           "annotations", "images", "split", "sentences", "raw", "tag", "include", "exclude",
           "class", "count", "options", "prompts"]
 NAMES = st.sampled_from(FIELDS)
@@ -75,8 +86,16 @@ def json_text(values) -> st.SearchStrategy:
     return values.map(lambda v: json.dumps(v).encode())
 
 
+ASKED = [Question("q?", ["a", "b"], "a")]
+GOOD_RECORDS = [
+    Sample("a", "0.png", "a ring", "", ASKED, ["one", "two"], "s-00000.safetensors", 1, "0" * 16),
+    Score("a", ASKED, [0.5], [1.0, 0.0], [["a"], ["b"]], [[True], [False]]),
+    Pair("a", "0.png", "c", "", "w", "l", 1.0, 0.5, 1.0, 0.0, "", "q?", "p-00000.safetensors", 2),
+]
+GOOD_LINES = [json.dumps(value).encode() for value in (GOOD, *map(asdict, GOOD_RECORDS))]
 LINE = (json_text(VALUES | st.dictionaries(NAMES, VALUES, max_size=8))
-        | damaged(json.dumps(GOOD).encode())
+        | st.one_of(*map(damaged, GOOD_LINES))
+        | st.sampled_from(GOOD_LINES)
         | st.binary(max_size=40))
 LINES = st.lists(LINE, max_size=4).map(b"\n".join)
 ARRAYS = st.lists(st.dictionaries(NAMES, VALUES, max_size=5), max_size=3)
@@ -87,7 +106,11 @@ ARRAYS = st.lists(st.dictionaries(NAMES, VALUES, max_size=5), max_size=3)
 def test_jsonl(tmp_path, text, kind, skip):
     (tmp_path / "x.jsonl").write_bytes(text)
     records = survives(read_jsonl, tmp_path / "x.jsonl", kind, [] if skip else None)
-    assert records is None or all(type(r) is kind for r in records)
+    if records is not None:
+        assert all(type(r) is kind for r in records)
+        assert [r.id for r in records] == records.ids
+        assert list(records[::-1]) == [records[i] for i in reversed(range(len(records)))]
+    survives(lambda: list(lines_of(tmp_path / "x.jsonl")))
 
 
 @fuzz(1000)
@@ -99,6 +122,168 @@ def test_original_records(tmp_path, records, questions):
     (tmp_path / "good.json").write_text(json.dumps([GOOD]))
     survives(read_records, tmp_path / "good.json", tmp_path / "q.json")
     survives(read_object, tmp_path / "x.json")
+
+
+# --------------------------------------------------------------------------- tables and output folders
+
+SHARD = "x-00000.safetensors"
+ANY_MODEL = SimpleNamespace(check_codes=lambda *_: None, check_text_ids=lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """x.jsonl with three samples and its shard, as bytes, and the tensors of each."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for i in range(3):
+        tensors = {"image": torch.arange(4) + i, "images": torch.arange(8).view(2, 4) * i,
+                   "captions": torch.arange(2 * i).view(2, i)}
+        rows.append((Sample(f"r{i}", "0.png", "c"), tensors))
+    write_table(folder / "x.jsonl", rows)
+    by_digest = {}
+    for sample, (_, tensors) in zip(read_jsonl(folder / "x.jsonl", Sample), rows):
+        by_digest[sample.digest] = tensors
+    return (folder / "x.jsonl").read_bytes(), (folder / SHARD).read_bytes(), by_digest
+
+
+DTYPES = [torch.int32, torch.int64, torch.uint8, torch.bool, torch.float32, torch.bfloat16,
+          torch.float8_e4m3fn, torch.complex64]
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+@st.composite
+def other_tensors(draw):
+    """A sound file with any tensors, as of another program."""
+    names = st.sampled_from(["image", "images", "captions", "w"])
+    tensors = {}
+    for name in draw(st.lists(names, unique=True)):
+        tensors[name] = torch.zeros(draw(SHAPES)).to(draw(st.sampled_from(DTYPES)))
+    return save(tensors)
+
+
+@fuzz(1000)
+@given(st.data())
+def test_tables(tmp_path, table, data):
+    """Whatever harms the lines or the shard: a record's own tensors, or an error."""
+    lines, shard, by_digest = table
+    kind = data.draw(st.sampled_from(["lines", "shard", "header", "both", "other"]))
+    if kind in ("lines", "both"):
+        lines = data.draw(damaged(lines))
+    if kind in ("shard", "both"):
+        shard = data.draw(damaged(shard))
+    if kind == "header":
+        end = 8 + int.from_bytes(shard[:8], "little")
+        shard = data.draw(damaged(shard[:end])) + shard[end:]
+    if kind == "other":
+        shard = data.draw(other_tensors() | st.binary(max_size=60))
+    (tmp_path / "x.jsonl").write_bytes(lines)
+    (tmp_path / SHARD).unlink(missing_ok=True)
+    (tmp_path / SHARD).write_bytes(shard)
+    survives(load_tensors, tmp_path / SHARD)
+    samples = survives(read_jsonl, tmp_path / "x.jsonl", Sample)
+    if samples is None:
+        return
+    survives(check_samples, ANY_MODEL, samples)
+    survives(check_pairs, ANY_MODEL, samples)
+    for sample in samples:
+        tensors = survives(tensors_of, sample)
+        if tensors is not None:
+            expected = by_digest[sample.digest]
+            assert sorted(tensors) == sorted(expected)
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch) -> Output:
+    """A finished stage that reads a file and lines."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.write_text("weights")
+    args = {"records": "r", "model": str(model), "seed": 0, "show": 8, "overwrite": False}
+    output = Output(tmp_path / "out", "stage", "out.txt", ("out.txt",), args, free=(),
+                    derived=("show",), code=(),
+                    inputs={"records": lambda: [("a",), ("b", model)], "model": str(model)})
+    prepare(output)
+    write_text(output.folder / "out.txt", "result")
+    write_text(output.folder / "images" / "0.png", "picture")
+    finish(output)
+    assert complete(output)
+    return output
+
+
+def reuse(output: Output) -> None:
+    """What a rerun asks of its folder; the result stays as it was."""
+    survives(written_files, output.folder)
+    survives(read_mark, output)
+    survives(complete, output)
+    survives(prepare, output)
+    assert (output.folder / "out.txt").read_text() == "result"
+    assert (output.folder / "images" / "0.png").read_text() == "picture"
+
+
+MARK_FIELDS = ["stage", "format", "complete", "settings", "inputs", "derived", "code"]
+
+
+@st.composite
+def other_marks(draw, mark: dict):
+    """The object of settings.json with fields, or fields of its fields, changed or left out."""
+    mark = {**mark}
+    for name in draw(st.lists(st.sampled_from(MARK_FIELDS), max_size=3)):
+        value = draw(VALUES)
+        if isinstance(mark.get(name), dict) and mark[name] and draw(st.booleans()):
+            mark[name] = {**mark[name], draw(st.sampled_from(sorted(mark[name]))): value}
+        elif draw(st.booleans()):
+            mark[name] = value
+        else:
+            mark.pop(name, None)
+    return json.dumps(mark).encode()
+
+
+@fuzz(600)
+@given(st.data())
+def test_damaged_settings(output, data):
+    file = output.folder / "settings.json"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(data.draw(damaged(good) | other_marks(json.loads(good)) | FILES))
+        reuse(output)
+    finally:
+        file.write_bytes(good)
+    assert complete(output)
+
+
+@fuzz(600)
+@given(st.data())
+def test_damaged_list_of_files(output, data):
+    file = output.folder / PRIVATE / "written-0"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(data.draw(damaged(good) | st.binary(max_size=40)))
+        reuse(output)
+    finally:
+        file.write_bytes(good)
+
+
+@fuzz(600)
+@given(st.data())
+def test_damaged_cache_of_contents(output, data):
+    """It is as good as none: contents are read again."""
+    model = output.inputs["model"]
+    os.utime(model, (0, 0))  # long ago, or it is not remembered
+    expected = digest(model), content(output.inputs["records"])
+    cache = remembered_file()
+    known = json.dumps({name: "0" * 16 for name in "abc"}).encode()
+    damage = damaged(known) | json_text(VALUES) | st.binary(max_size=40)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_bytes(data.draw(damage))
+    assert (digest(model), content(output.inputs["records"])) == expected
+    cache.unlink()
+    cache.mkdir()
+    assert (digest(model), content(output.inputs["records"])) == expected
+    cache.rmdir()
+
+
+# -------------------------------------------------------------------------------- images and answers
 
 
 def encoded(kind: str, mode: str = "RGB") -> bytes:

@@ -1,5 +1,6 @@
 """evals/judges.py, metrics.py and `compare`: judges, metrics, their intervals and the table."""
 
+import json
 import shutil
 
 import numpy as np
@@ -17,9 +18,11 @@ from evals import metrics
 from evals.judges import ModelJudge, SelfJudge, ToyJudge, load_judge
 from evals.metrics import EvalRecord
 from hermesflow.files import InputError
+from hermesflow.outputs import FORMAT
 from hermesflow.pictures import to_pil
-from hermesflow.records import Question, Record, vqa_question, write_jsonl
+from hermesflow.records import Question, Record, vqa_question
 from hermesflow.scoring import nearest_text
+from hermesflow.tables import write_table
 from model import TextRequest
 from tiny import tiny_model
 from toy import world
@@ -295,28 +298,42 @@ def test_toy_judge_only_knows_toy_captions():
 
 def test_bootstrap_by_hand():
     """Two records, 0 and 1: resampled means are 0, 0.5 and 1 with probability 1/4, 1/2, 1/4."""
-    assert metrics.bootstrap(np.array([0.0, 1.0])) == (0.5, 0.0, 1.0)
-    assert metrics.bootstrap(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
-    assert metrics.bootstrap(np.array([0.75])) == (0.75, 0.75, 0.75)
+    assert metrics.bootstrap([np.array([0.0, 1.0])]) == [(0.5, 0.0, 1.0)]
+    assert metrics.bootstrap([np.full(5, 0.25)]) == [(0.25, 0.25, 0.25)]
+    assert metrics.bootstrap([np.array([0.75])]) == [(0.75, 0.75, 0.75)]
 
 
 def test_bootstrap_interval():
     values = np.random.default_rng(7).random(1600)
     widths = []
     for n in (25, 100, 400, 1600):
-        mean, low, high = metrics.bootstrap(values[:n])
+        [(mean, low, high)] = metrics.bootstrap([values[:n]])
         assert mean == float(values[:n].mean()) and low < mean < high
         normal = 2 * 1.96 * values[:n].std() / n**0.5  # the normal approximation
         assert high - low == pytest.approx(normal, rel=0.06)
         widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
-    assert metrics.bootstrap(values[:25]) == metrics.bootstrap(values[:25].copy())
-    assert metrics.bootstrap(values[:25], seed=1) != metrics.bootstrap(values[:25])
+    first = [values[:25]]
+    assert metrics.bootstrap(first) == metrics.bootstrap([values[:25].copy()])
+    assert metrics.bootstrap(first, seed=1) != metrics.bootstrap(first)
+
+
+def test_bootstrap_of_several_metrics():
+    """All resample the same records, and each has the interval that it has alone."""
+    values = np.random.default_rng(3).random((5, 333))
+    together = metrics.bootstrap(list(values))
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(333, size=333) for _ in range(10_000)]
+    for column, interval in zip(values, together):
+        assert metrics.bootstrap([column]) == [interval]
+        means = np.array([column[records].mean() for records in draws])
+        low, high = np.percentile(means, [2.5, 97.5])
+        assert interval == (column.mean(), low, high)  # to the last bit
 
 
 def eval_record(id, und_right, gen_right, caption_score, all_right, text="a cat") -> EvalRecord:
     return EvalRecord(id, "a.png", text, [], "a caption", caption_score, [], und_right, [],
-                      gen_right, all_right, [])
+                      gen_right, all_right)
 
 
 T = True
@@ -328,7 +345,7 @@ FOUR = [eval_record("a", [T, T, T, F], [T, F, F, F], 0.5, F),
 
 
 def test_metrics_are_means_over_records():
-    values = {name: v.tolist() for name, v in metrics.per_record(FOUR).items()}
+    values = {name: v.tolist() for name, v in metrics.summarize(FOUR).values.items()}
     assert values == {
         "understanding": [0.75, 1.0, 0.0, 0.5],
         "generation": [0.25, 1.0, 1.0, 0.0],
@@ -344,7 +361,7 @@ def test_evaluate():
     assert {name: result[name]["mean"] for name in metrics.METRICS} == {
         "understanding": 0.5625, "caption score": 0.5, "generation": 0.5625,
         "everything right": 0.5, "gap": 0.0}
-    for name, values in metrics.per_record(FOUR).items():
+    for name, values in metrics.summarize(FOUR).values.items():
         low, mean, high = (result[name][k] for k in ("low", "mean", "high"))
         assert values.min() <= low < mean < high <= values.max()
     assert result["understanding"]["mean"] - result["generation"]["mean"] == result["gap"]["mean"]
@@ -374,6 +391,22 @@ def test_table():
 # ------------------------------------------------------------------------------------------ compare
 
 
+SETTINGS = {"benchmark": "None", "judge": "toy", "guidance": "0.0", "seed": "0"}
+
+
+def put_evaluation(folder, records: list[EvalRecord], inputs=(), **settings) -> None:
+    """The files of a finished evaluation, but for the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(r, {"codes": torch.tensor([i])}) for i, r in enumerate(records)]
+    write_table(folder / "answers.jsonl", rows)
+    mark = {"stage": "04_eval", "format": FORMAT, "complete": True,
+            "settings": {**SETTINGS, **settings},
+            "inputs": {"records": {"items": 2, "content": "r"}, "model": {"content": folder.name},
+                       **dict(inputs)},
+            "derived": {"show": "12"}, "code": {"04_eval.py": "c"}}
+    (folder / "settings.json").write_text(json.dumps(mark))
+
+
 @pytest.fixture
 def finished(tmp_path):
     """Two finished evaluations of the same two records, side by side."""
@@ -386,7 +419,7 @@ def finished(tmp_path):
         for r in records:
             r.image = str(real)
             Image.new("RGB", (64, 64), "red").save(images / f"{r.id}.png")
-        write_jsonl(tmp_path / name / "answers.jsonl", records)
+        put_evaluation(tmp_path / name, records)
     return tmp_path
 
 
@@ -419,7 +452,7 @@ def test_compare(finished, capsys):
 
 def test_compare_refuses_other_records(finished):
     other = [eval_record("a", [T], [T], 1.0, T)]
-    write_jsonl(finished / "round1" / "answers.jsonl", other)
+    put_evaluation(finished / "round1", other)
     with pytest.raises(InputError, match="round1.*other records"):
         compare(finished, ["base", "round1"])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import reference as plain
+from hermesflow.files import InputError
 from hermesflow.records import CAPTION_QUESTION
 from hermesflow.sampling import (mask_by_random_topk, random_mask, sample_categorical,
                                  sample_tokens, stable_seed, uniforms)
@@ -98,6 +99,30 @@ def test_texts_stop_at_the_limit(model):
     request = TextRequest(0, "big", 0, 5.0, 3)
     text = model.generate_text(codes_of(model.tokens, 1), [request], 3)[0]
     assert len(text.ids) <= 3 and text.ended == (len(text.ids) < 3)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+def test_logits_that_are_nan_are_not_drawn_from(top_k):
+    """One such weight of the head: texts and images end in one line, greedy or sampled."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.net.showo.lm_head.weight[5, 0] = torch.nan
+        model.net.showo.lm_head.weight[model.tokens.first_code + 3, 0] = torch.nan
+    request = TextRequest(0, "big", top_k, 2.0)
+    with pytest.raises(InputError, match="^the model gives NaN or infinite logits; .* helps$"):
+        model.generate_text(codes_of(model.tokens, 1), [request], 5)
+    for seeds in ([0], None):
+        with pytest.raises(InputError, match="^the model gives NaN or infinite logits; .* helps$"):
+            model.generate_images(["red"], seeds, ImageSampling(3, 1.5))
+
+
+@pytest.mark.parametrize("row", [[0, math.inf, 1], [math.nan, 0, 1], [0, 1, math.nan],
+                                 [-math.inf] * 3])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_one_row_of_nan_or_infinite_logits_is_enough(row, top_k):
+    logits = torch.tensor([[0.0, 1, 2], row])
+    with pytest.raises(InputError, match="NaN or infinite logits"):
+        sample_tokens(logits, torch.tensor([1, top_k]), torch.ones(2), torch.full((2,), 0.5))
 
 
 def test_top_k_of_each_row():

@@ -2,19 +2,28 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from evals.metrics import EvalRecord
+from hermesflow import tables
 from hermesflow.files import InputError, atomic
+from hermesflow.inputs import read_records
+from hermesflow.jsonl import read_jsonl, write_jsonl
+from hermesflow.outputs import Output
 from hermesflow.pictures import load_image
-from hermesflow.records import (Pair, Question, Record, Sample, Score, read_jsonl, read_records,
-                                write_jsonl)
-from hermesflow.runs import map_records, prepare_output
+from hermesflow.records import Pair, Question, Record, Sample, Score
+from hermesflow.runs import Earlier, Parts, map_records, prepare_output
+from hermesflow.tables import check_samples, tensors_of, write_table
 
 
 def error(call, *args) -> str:
@@ -26,6 +35,13 @@ def error(call, *args) -> str:
     return message
 
 
+def beside(path, record):
+    """The record as it is read from `path`, whose images are relative to it."""
+    if not hasattr(record, "image"):
+        return record
+    return replace(record, image=str(path.parent / record.image))
+
+
 # -------------------------------------------------------------------------------------- round trips
 
 ODD = ("tab\tquote\"back\\slash, new\nline, \u2028 line separator, \x85, \r\n, {brace}, "
@@ -35,13 +51,14 @@ QUESTIONS = [Question("what color?", ["red", "blue, dark"], "red", "color"),
 RECORDS = {
     Record: [Record("0", "a.png", "a cat"), Record("ü 1", "b c.png", ODD, ODD, QUESTIONS)],
     Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]),
-             Sample("b", "b.png", "c")],
-    Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]]),
-            Score("b", [], [], [], [], "no questions")],
-    Pair: [Pair("a", "a.png", "y", "", [0, 8191], "w", ODD, [1, 2], [], 0.1 + 0.2, 1e-30,
-                [3], [4], 1.0, -0.5, [ODD], [])],
+             Sample("b", "b.png", "c", shard="s-00000.safetensors", row=7, digest="0a" * 8)],
+    Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]],
+                  [[True, True], [False, False]]),
+            Score("b", [], [], [], [], [], "no questions")],
+    Pair: [Pair("a", "a.png", "y", "", "w", ODD, 0.1 + 0.2, 1e-30, 1.0, -0.5, f"{ODD}\nq?", "",
+                "p-00001.safetensors", 8191, "f" * 16)],
     EvalRecord: [EvalRecord("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False],
-                            ["x", ""], [False, False], True, [7])],
+                            ["x", ""], [False, False], True, "a-00000.safetensors", 7, "b" * 16)],
 }
 
 
@@ -49,15 +66,18 @@ RECORDS = {
 def test_round_trip(tmp_path, kind):
     path = tmp_path / "new folder" / "records.jsonl"
     write_jsonl(path, RECORDS[kind])
-    assert read_jsonl(path, kind) == RECORDS[kind]
+    assert list(read_jsonl(path, kind)) == [beside(path, r) for r in RECORDS[kind]]
     assert len(path.read_bytes().strip().split(b"\n")) == len(RECORDS[kind])  # one line each
     assert os.listdir(path.parent) == ["records.jsonl"]
+    before = path.read_bytes()
+    write_jsonl(path, read_jsonl(path, kind))
+    assert path.read_bytes() == before  # images are written as they stood there
 
 
 def test_whole_numbers_are_fine_as_scores(tmp_path):
     path = tmp_path / "scores.jsonl"
     path.write_text('{"id": "a", "questions": [], "caption_scores": [1, 0], "image_scores": [], '
-                    '"answers": []}')
+                    '"answers": [], "correct": []}')
     scores = read_jsonl(path, Score)[0].caption_scores
     assert scores == [1.0, 0.0] and all(type(s) is float for s in scores)
 
@@ -73,7 +93,407 @@ def test_byte_order_mark_crlf_and_blank_lines(tmp_path, before, end):
     records = [{"id": i, "image": "é.png", "caption": "x y"} for i in "ab"]
     lines = [json.dumps(r, ensure_ascii=False).encode() for r in records]
     path.write_bytes(before + end.join(lines) + end)
-    assert read_jsonl(path, Record) == [Record("a", "é.png", "x y"), Record("b", "é.png", "x y")]
+    image = str(tmp_path / "é.png")
+    assert list(read_jsonl(path, Record)) == [Record("a", image, "x y"), Record("b", image, "x y")]
+
+
+# ----------------------------------------------------------------- one at a time, from their places
+
+
+def test_records_are_found_by_bytes(tmp_path):
+    """Neither letters of several bytes nor marks, blank lines or CRLF shift a place."""
+    path = tmp_path / "records.jsonl"
+    lines = [json.dumps({"id": f"{i}", "image": "i.png", "caption": "日本 🙂 é" * (i + 1)},
+                        ensure_ascii=False).encode() for i in range(9)]
+    content = b"\xef\xbb\xbf" + b"\r\n \r\n\n".join(lines)  # no newline at the end
+    path.write_bytes(content)
+    records = read_jsonl(path, Record)
+    assert list(records.places) == [0] + [content.index(line) for line in lines[1:]]
+    assert records.places.itemsize == 8  # a file may be larger than 2 GB
+    expected = [Record(f"{i}", str(tmp_path / "i.png"), "日本 🙂 é" * (i + 1)) for i in range(9)]
+    assert len(records) == 9 and records.ids == [r.id for r in expected]
+    assert [records[i] for i in (8, 0, 5, -1, -9)] == [expected[i] for i in (8, 0, 5, -1, -9)]
+    assert list(reversed(records)) == expected[::-1]
+    for beyond in (9, -10):
+        with pytest.raises(IndexError):
+            records[beyond]
+
+
+@pytest.mark.parametrize("part", [slice(2, 5), slice(None, None, 3), slice(-2, None),
+                                  slice(None, None, -1), slice(3, 3), slice(0, 99)])
+def test_a_slice_is_lazy_and_knows_its_ids(tmp_path, part):
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, [Record(f"é{i}", "/i.png", "c") for i in range(7)])
+    records = read_jsonl(path, Record)
+    expected = list(records)[part]
+    some = records[part]
+    assert type(some) is type(records) and len(some) == len(expected)
+    assert list(some) == expected and some.ids == [r.id for r in expected]
+    assert list(some[1:]) == expected[1:]
+    assert len(records) == 7 and records.ids == [f"é{i}" for i in range(7)]  # the whole is whole
+
+
+def test_questions_are_joined_in_slices_too(original):
+    path = original.folder / "records.jsonl"
+    write_jsonl(path, [Record(i, "a.png", "c", questions=[QUESTIONS[0]]) for i in ("10", "7", "x9")])
+    records = read_records(path, original.write()[1])
+    for _ in range(2):  # and not added once more when they are read again
+        assert [q.question for q in records[1:][0].questions] == ["what color?", "cat?", "furry?"]
+
+
+def test_skipped_records_leave_no_hole(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(["{", GOOD, "null", GOOD.replace('"a"', '"b"'), GOOD, ""]))
+    skipped = []
+    records = read_jsonl(path, Record, skipped)
+    assert records.ids == ["a", "b"] and [r.id for r in records] == ["a", "b"]
+    assert [s.split(": ")[1] for s in skipped] == ["line 1", "line 3", "line 5"]
+
+
+def test_a_replaced_file_does_not_change_what_was_read(tmp_path):
+    """A stage reads its own earlier output while it writes the next."""
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, [Record(i, "/i.png", f"old {i}") for i in "abc"])
+    records = read_jsonl(path, Record)
+    write_jsonl(path, (replace(r, caption=r.caption.replace("old", "new")) for r in records))
+    assert [r.caption for r in records] == ["old a", "old b", "old c"]
+    assert [r.caption for r in read_jsonl(path, Record)] == ["new a", "new b", "new c"]
+
+
+@pytest.mark.parametrize("before, bad, byte", [
+    (b"", b"\xff", 0),
+    (b"", b'{"id": "\xe9"}', 8),
+    ("é\r\n\n".encode(), b"a\xff", 6),
+    (b"\xef\xbb\xbf\n", b"ab\xff", 6),
+    (b"\xef\xbb\xbf", b"ab\xff", 5),
+    (b"\n" * 1000, b"\xc3", 1000),  # half a letter at the end
+])
+def test_bad_utf8_names_its_byte_in_the_file(tmp_path, before, bad, byte):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(before + bad)
+    skipped = []
+    message = error(read_jsonl, path, Record, skipped)
+    assert message == f"{path}: not UTF-8 text (byte {byte})"
+
+
+def test_moved_folders_keep_their_images(tmp_path):
+    """A relative path stays one, from records to samples to pairs, and an absolute one too."""
+    before = tmp_path / "before"
+    path = before / "data" / "records.jsonl"
+    elsewhere = str(tmp_path / "elsewhere.png")
+    write_jsonl(path, [Record("a", "images/é 1.png", "c"), Record("b", elsewhere, "c"),
+                       Record("c", "../up.png", "c")])
+
+    samples = before / "runs" / "samples" / "samples.jsonl"
+    write_jsonl(samples, (Sample(r.id, r.image, r.caption) for r in read_records(path)))
+    pairs = before / "pairs.jsonl"
+    write_jsonl(pairs, [replace(RECORDS[Pair][0], id=s.id, image=s.image)
+                        for s in read_jsonl(samples, Sample)])
+
+    def written(file) -> list[str]:
+        return [json.loads(line)["image"] for line in file.read_bytes().splitlines()]
+
+    assert written(samples) == ["../../data/images/é 1.png", elsewhere, "../../up.png"]
+    assert written(pairs) == ["data/images/é 1.png", elsewhere, "up.png"]
+    after = tmp_path / "some" / "where" / "else"
+    after.parent.mkdir(parents=True)
+    before.rename(after)
+    for file, kind in (("data/records.jsonl", Record), ("pairs.jsonl", Pair),
+                       ("runs/samples/samples.jsonl", Sample)):
+        images = [r.image for r in read_jsonl(after / file, kind)]
+        assert images == [str(after / "data/images/é 1.png"), elsewhere, str(after / "up.png")]
+
+
+def test_an_image_of_the_working_directory_is_absolute_from_then_on(tmp_path, monkeypatch):
+    """As the original's paths are: they would not be found from another directory."""
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "0.png").write_text("")
+    monkeypatch.chdir(tmp_path / "cwd")
+    write_jsonl(tmp_path / "data" / "records.jsonl", [Record("a", "0.png", "c")])
+    write_jsonl(tmp_path / "out" / "samples.jsonl", read_records(tmp_path / "data/records.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    image = read_jsonl(tmp_path / "out" / "samples.jsonl", Record)[0].image
+    assert image == str(tmp_path / "cwd" / "0.png")
+
+
+# ------------------------------------------------------------------- tables: records with tensors
+
+
+def drawn(count: int, longest: int = 9) -> list[tuple[Sample, dict]]:
+    """Samples with tensors of different lengths, one of them without any caption token."""
+    rows = []
+    for i in range(count):
+        generator = torch.Generator().manual_seed(i)
+        length = i % longest
+        captions = torch.randint(50_000, (2, length), generator=generator)
+        captions[0, length // 2 :] = -1  # a shorter one
+        tensors = {"image": torch.randint(8192, (16,), generator=generator),
+                   "images": torch.randint(8192, (3, 16), generator=generator),
+                   "captions": captions}
+        rows.append((Sample(f"é{i}", f"/{i}.png", f"caption {i}", captions=["a", "b"]), tensors))
+    return rows
+
+
+def same(tensors: dict, expected: dict) -> bool:
+    assert sorted(tensors) == sorted(expected)
+    assert all(t.dtype == torch.int64 for t in tensors.values())
+    return all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """samples.jsonl of eight records, three in each shard, and what was written."""
+    monkeypatch.setattr(tables, "SHARD_BYTES", 3 * 4 * (16 + 3 * 16))  # of int32 images alone
+    rows = drawn(8)
+    assert write_table(tmp_path / "samples.jsonl", rows) == 8
+    return tmp_path / "samples.jsonl", rows
+
+
+def test_a_table_reads_back_from_several_shards(table):
+    path, rows = table
+    samples = read_jsonl(path, Sample)
+    places = [(s.shard, s.row) for s in samples]
+    shards = [f"samples-{n:05d}.safetensors" for n in range(3)]
+    assert places == [(shards[i // 3], i % 3) for i in range(8)]
+    assert sorted(os.listdir(path.parent)) == [*shards, "samples.jsonl"]
+    assert len({s.digest for s in samples}) == 8
+    for i in [*range(8), *reversed(range(8)), 7, 0, 4, 4, 1]:  # any order, and again
+        assert same(tensors_of(samples[i]), rows[i][1])
+        assert replace(samples[i], shard="", row=0, digest="") == rows[i][0]
+
+
+def test_a_shard_is_stacked_int32_that_minus_one_pads(table):
+    path, rows = table
+    shard = load_file(path.parent / "samples-00001.safetensors")
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in shard.items()} == {
+        "image": (torch.int32, (3, 16)), "images": (torch.int32, (3, 3, 16)),
+        "captions": (torch.int32, (3, 2, 5))}  # of 3, 4 and 5 tokens
+    assert torch.equal(shard["images"], torch.stack([rows[i][1]["images"] for i in (3, 4, 5)]))
+    assert (shard["captions"][0, :, 3:] == -1).all()
+
+
+def test_a_cut_and_shuffled_table_reads_right(table):
+    """`head`, `shuf` or an editor on samples.jsonl: every line finds its own tensors."""
+    path, rows = table
+    lines = path.read_text().splitlines()
+    order = [6, 1, 7, 0, 3]
+    path.write_text("\n".join(lines[i] for i in order))
+    samples = read_jsonl(path, Sample)
+    assert [s.id for s in samples] == [f"é{i}" for i in order]
+    for sample, i in zip(samples, order):
+        assert same(tensors_of(sample), rows[i][1])
+
+
+def test_a_moved_table_reads_right(table, tmp_path):
+    path, rows = table
+    moved = tmp_path / "moved" / "there"
+    moved.mkdir(parents=True)
+    for file in tmp_path.glob("samples*"):
+        file.rename(moved / file.name)
+    for sample, (_, tensors) in zip(read_jsonl(moved / "samples.jsonl", Sample), rows):
+        assert same(tensors_of(sample), tensors)
+
+
+def test_a_table_is_written_again_while_it_is_read(table):
+    """As a stage does that keeps what it had sampled."""
+    path, rows = table
+    samples = read_jsonl(path, Sample)
+    before = {f.name: f.read_bytes() for f in path.parent.iterdir()}
+    more = drawn(11)[8:]
+    again = ((s, tensors_of(s)) for s in samples)
+    assert write_table(path, [*again, *more]) == 11
+    lines = path.read_bytes()
+    assert lines.startswith(before["samples.jsonl"])
+    for name in ("samples-00000.safetensors", "samples-00001.safetensors"):
+        assert (path.parent / name).read_bytes() == before[name]
+    grown = read_jsonl(path, Sample)
+    for sample, (_, tensors) in zip(grown, [*rows, *more], strict=True):
+        assert same(tensors_of(sample), tensors)
+    for sample, (_, tensors) in zip(samples, rows, strict=True):  # as they were read
+        assert same(tensors_of(sample), tensors)
+
+
+def test_a_shorter_table_leaves_no_shard_of_the_longer(table):
+    path, rows = table
+    other = path.parent / "other-00002.safetensors"
+    other.write_text("not of this table")
+    write_table(path, rows[:2])
+    assert sorted(os.listdir(path.parent)) == ["other-00002.safetensors",
+                                               "samples-00000.safetensors", "samples.jsonl"]
+
+
+def test_files_of_others_are_no_shards(tmp_path):
+    """Neither replaced nor removed, though their names are those of shards."""
+    out = tmp_path / "out"
+    prepare(out, SETTINGS)
+    (out / "samples-00001.safetensors").write_text("mine")
+    write_table(out / "samples.jsonl", drawn(2))
+    assert (out / "samples-00001.safetensors").read_text() == "mine"
+    (out / "pairs-00000.safetensors").write_text("mine, too")
+    message = error(write_table, out / "pairs.jsonl", drawn(2))
+    assert f"{out / 'pairs-00000.safetensors'}: is there already" in message
+    assert (out / "pairs-00000.safetensors").read_text() == "mine, too"
+    assert not (out / "pairs.jsonl").exists()
+
+
+def test_a_table_that_fails_leaves_the_old_one(table):
+    path, rows = table
+    before = path.read_bytes()
+
+    def failing():
+        yield from rows[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_table(path, failing())
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*"))
+    for sample, (_, tensors) in zip(read_jsonl(path, Sample), rows, strict=True):
+        assert same(tensors_of(sample), tensors)
+
+
+def damage_header(shard):
+    data = bytearray(shard.read_bytes())
+    data[12] ^= 0xFF
+    shard.write_bytes(data)
+
+
+def damage_last_row(shard):
+    """The last bytes are of the last row: of its `images` in a shard of three."""
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+
+
+def make_pipe(shard):
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def make_folder(shard):
+    shard.unlink()
+    shard.mkdir()
+
+
+def fill_with(tensors):
+    return lambda shard: save_file(tensors, shard)
+
+
+SHARD_HARM = {  # what is done to the second shard -> what the message says of its last row
+    "missing": (lambda shard: shard.unlink(), "No such file"),
+    "a folder": (make_folder, "folder"),
+    "a named pipe": (make_pipe, "not a regular file"),
+    "empty": (lambda shard: shard.write_bytes(b""), "cannot read"),
+    "cut": (lambda shard: os.truncate(shard, 300), "cannot read"),
+    "no header": (damage_header, "cannot read"),
+    "one bit": (damage_last_row, "not the tensors of this record"),
+    "text": (lambda shard: shard.write_text("{}" * 99), "cannot read"),
+    "another shard": (lambda shard: shutil.copy(shard.with_stem("samples-00000"), shard),
+                      "not the tensors of this record"),
+    "a shorter shard": (lambda shard: shutil.copy(shard.with_stem("samples-00002"), shard),
+                        "cannot read"),
+    "no tensors": (fill_with({}), "not the tensors of this record"),
+    "another table": (fill_with({"logps": torch.zeros(9, 2, 2)}), "not the tensors of this"),
+    "bfloat16": (fill_with({"w": torch.zeros(9, 2, dtype=torch.bfloat16)}), ""),
+    "numbers": (fill_with({"w": torch.tensor(1)}), "cannot read"),
+    "a list": (fill_with({"w": torch.arange(9)}), ""),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["unread", "read before"])
+@pytest.mark.parametrize("name", SHARD_HARM)
+def test_a_bad_shard_is_one_line(table, name, warm):
+    """It names the file, the row and the id; the other shards stay readable."""
+    harm, part = SHARD_HARM[name]
+    path, rows = table
+    samples = read_jsonl(path, Sample)
+    if warm:
+        assert same(tensors_of(samples[5]), rows[5][1])
+    shard = path.parent / "samples-00001.safetensors"
+    harm(shard)
+    os.utime(shard, ns=(1, 1)) if shard.exists() else None  # another time than before
+    message = error(tensors_of, samples[5])
+    assert f"{shard}: row 2 (id 'é5')" in message and part in message, message
+    assert same(tensors_of(samples[2]), rows[2][1]) and same(tensors_of(samples[6]), rows[6][1])
+
+
+def test_a_mended_shard_is_read_again(table):
+    path, rows = table
+    samples = read_jsonl(path, Sample)
+    shard = path.parent / samples[5].shard
+    good = shard.read_bytes()
+    damage_last_row(shard)
+    assert "not the tensors of this record" in error(tensors_of, samples[5])
+    shard.write_bytes(good)
+    assert same(tensors_of(samples[5]), rows[5][1])
+
+
+@pytest.mark.parametrize("change, row", [
+    (dict(row=1), 1),  # that of another record
+    (dict(row=3), 3),  # behind the last
+    (dict(row=2**62), 2**62),
+    (dict(row=-1), -1),
+    (dict(digest="0" * 16), 0),
+    (dict(digest=""), 0),
+])
+def test_a_line_that_does_not_fit_its_shard_is_one_line(table, change, row):
+    path, _ = table
+    lines = path.read_text().splitlines()
+    path.write_text(json.dumps(json.loads(lines[0]) | change))
+    message = error(tensors_of, read_jsonl(path, Sample)[0])
+    assert f"{path.parent / 'samples-00000.safetensors'}: row {row} (id 'é0')" in message
+
+
+ANY_MODEL = SimpleNamespace(check_codes=lambda *_: None, check_text_ids=lambda *_: None)
+
+
+@pytest.mark.parametrize("use", [lambda samples: tensors_of(samples[0]),
+                                 lambda samples: check_samples(ANY_MODEL, samples)],
+                         ids=["tensors_of", "check_samples"])
+@pytest.mark.parametrize("shard", ["", ".", "..", "no/where", "/etc/hostname", "a\0b", "a\nb",
+                                   "é" * 130])
+def test_a_shard_that_cannot_be_one_is_one_line(table, shard, use):
+    path, _ = table
+    lines = path.read_text().splitlines()
+    path.write_text(json.dumps(json.loads(lines[0]) | dict(shard=shard)))
+    assert str(path.parent) in error(lambda: use(read_jsonl(path, Sample)))
+
+
+def test_a_named_pipe_is_no_shard(table):
+    """It would be waited for, for ever."""
+    path, _ = table
+    make_pipe(path.parent / "samples-00001.safetensors")
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from hermesflow.jsonl import read_jsonl
+from hermesflow.records import Sample
+from hermesflow.tables import check_table, load_tensors, tensors_of
+samples = read_jsonl({str(path)!r}, Sample)
+for use in (lambda: tensors_of(samples[4]), lambda: check_table(None, samples, (), ()),
+            lambda: load_tensors(samples.path.with_name(samples[4].shard))):
+    try:
+        use()
+    except Exception as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line in lines:
+        assert "samples-00001.safetensors" in line and "not a regular file" in line
+
+
+def test_the_same_tensors_have_the_same_digest_whatever_pads_them(tmp_path):
+    """So that it does not depend on which records share a shard."""
+    rows = drawn(6)
+    write_table(tmp_path / "together.jsonl", rows)
+    alone = []
+    for i, row in enumerate(rows):
+        write_table(tmp_path / f"{i}.jsonl", [row])
+        alone += [s.digest for s in read_jsonl(tmp_path / f"{i}.jsonl", Sample)]
+    assert [s.digest for s in read_jsonl(tmp_path / "together.jsonl", Sample)] == alone
 
 
 # ---------------------------------------------------------------------------------------- bad files
@@ -104,7 +524,8 @@ BAD_LINES = {  # name: (kind, second line, what the message must say)
     "lone surrogate": (Record, '{"id": "b", "image": "b", "caption": "\\ud83d"}',
                        ["line 2", "'caption'"]),
 }
-SCORE = '{"id": "b", "questions": [], "caption_scores": [%s], "image_scores": [], "answers": []}'
+SCORE = ('{"id": "b", "questions": [], "caption_scores": [%s], "image_scores": [], '
+         '"answers": [], "correct": []}')
 NO_SCORES = {"too large": "1e999", "huge whole number": "1" + "0" * 400, "true": "true",
              "text": '"1.0"'}
 for number in ("NaN", "Infinity", "-Infinity"):
@@ -122,13 +543,24 @@ def test_bad_line(tmp_path, name):
     assert all(part in message for part in [str(path), *parts]), message
 
 
-def test_true_is_no_code(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    write_jsonl(path, RECORDS[Pair])
+@pytest.mark.parametrize("kind, field, good, bad", [
+    (Pair, "row", "8191", "true"),  # true is no number
+    (Pair, "row", "8191", "8191.0"),
+    (Pair, "row", "8191", "1" + "0" * 30),  # a tensor holds no more than 64 bits
+    (Pair, "win_image_score", "1.0", "true"),
+    (Pair, "shard", '"p-00001.safetensors"', "1"),
+    (Score, "correct", "[[true, true], [false, false]]", "[[1, 1], [0, 0]]"),  # 1 is not true
+    (Score, "correct", "[[true, true], [false, false]]", "[true, false]"),
+])
+def test_numbers_and_truths_are_not_mixed(tmp_path, kind, field, good, bad):
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, RECORDS[kind])
     text = path.read_text()
-    path.write_text(text.replace('"win_image_codes": [3]', '"win_image_codes": [true]'))
-    message = error(read_jsonl, path, Pair)
-    assert "line 1" in message and "'win_image_codes'" in message
+    changed = text.replace(f'"{field}": {good}', f'"{field}": {bad}')
+    assert changed != text
+    path.write_text(changed)
+    message = error(read_jsonl, path, kind)
+    assert "line 1" in message and f"'{field}'" in message
 
 
 @pytest.mark.parametrize("content, part", [
@@ -231,7 +663,7 @@ def test_original_formats(original):
         return Question(text, ["yes", "no"], "yes", "cat")
 
     folder = original.folder
-    assert read_records(*original.write()) == [
+    assert list(read_records(*original.write())) == [
         Record("7", str(folder / "images/7.jpg"), "A cat.", "a cat, 4k",
                [question("cat?"), question("furry?")]),
         Record("x9", str(folder / "images/9.jpg"), "A dog.", "",
@@ -362,39 +794,154 @@ def test_atomic_cannot_write(tmp_path, inside):
 
 # ----------------------------------------------------------------------------------- output folders
 
-SETTINGS = dict(model="toy/base", seed=0, steps=50, out="o", device=None, batch=4)
+SETTINGS = dict(model="toy/base", seed=0, steps=50, out="o", device=None, batch=4, show=8)
 
 
-def prepare(out, settings: dict, overwrite: bool = False) -> bool:
-    return prepare_output(out, {**settings, "overwrite": overwrite}, "done.json", {})
+def prepare(out, settings: dict, overwrite: bool = False, **inputs) -> bool:
+    """A stage that writes done.json and has these inputs besides its settings."""
+    args = {**dict.fromkeys(inputs, "given"), **settings, "overwrite": overwrite}
+    output = Output(out, "stage", "done.json", ("done.json",), args, free=("device", "batch"),
+                    derived=("show",), inputs=inputs, code=())
+    return prepare_output(output)
+
+
+def write(out, name: str) -> None:
+    """As a stage does, so that it is the stage's."""
+    with atomic(out / name) as temporary:
+        temporary.write_text(name)
+
+
+def complete(out) -> None:
+    """What a stage does at its end."""
+    write(out, "done.json")
+    mark = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(mark | {"complete": True}))
 
 
 def test_output_folder_continues_with_the_same_settings(tmp_path):
     out = tmp_path / "out"
     assert prepare(out, SETTINGS)
-    (out / "half").write_text("x")
-    same_results = {"device": "cuda", "batch": 1, "out": "./o"}
+    write(out, "half")
+    same_results = {"device": "cpu", "batch": 1, "out": "./o"}
     assert prepare(out, SETTINGS | same_results)
     assert (out / "half").exists()
-    (out / "done.json").write_text("x")
+    complete(out)
     assert not prepare(out, SETTINGS)  # nothing left to do
+    assert not prepare(out, SETTINGS | same_results)
 
 
 def test_output_folder_names_the_setting_that_differs(tmp_path):
     out = tmp_path / "out"
     prepare(out, SETTINGS)
+    write(out, "half")
     message = error(prepare, out, SETTINGS | {"seed": 1})
-    assert str(out) in message and "seed 0 -> 1" in message and "steps" not in message
+    assert str(out) in message and "--seed 0 -> 1" in message and "steps" not in message
     assert prepare(out, SETTINGS)  # the refused run left the folder as it was
+    assert (out / "half").read_text() == "half"
+
+
+def test_settings_without_results_bind_nobody(tmp_path):
+    """A run that was stopped before its first result is begun anew, with any settings."""
+    out = tmp_path / "out"
+    prepare(out, SETTINGS)
+    assert prepare(out, SETTINGS | {"seed": 1})
+    write(out, "half")
+    assert "--seed 1 -> 0" in error(prepare, out, SETTINGS)
+
+
+def test_what_is_derived_is_made_again(tmp_path, capsys):
+    """--show makes other pictures of the same results: the stage runs again and keeps them."""
+    out = tmp_path / "out"
+    prepare(out, SETTINGS)
+    complete(out)
+    capsys.readouterr()
+    assert prepare(out, SETTINGS | {"show": 9})
+    assert f"{out}: made again from its results: show" in capsys.readouterr().out
+    assert (out / "done.json").read_text() == "done.json"
+    assert prepare(out, SETTINGS | {"show": 9})  # it was not finished
+    complete(out)
+    assert not prepare(out, SETTINGS | {"show": 9})
+    assert prepare(out, SETTINGS)
+
+
+def texts(*items):
+    return lambda: ((item,) for item in items)
+
+
+def test_an_input_may_grow_at_its_end_and_not_change(tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(out, SETTINGS, records=texts("a", "b"))
+    complete(out)
+    assert not prepare(out, SETTINGS, records=texts("a", "b"))
+    capsys.readouterr()
+    assert prepare(out, SETTINGS, records=texts("a", "b", "c"))
+    assert f"{out}: made again from its results: records: 2 -> 3" in capsys.readouterr().out
+    complete(out)
+    assert not prepare(out, SETTINGS, records=texts("a", "b", "c"))
+    for other in (("a", "b"), ("a", "x", "c"), ("c", "b", "a"), ("a", "x", "c", "d"), ("ab", "c"),
+                  ("x", "a", "b", "c")):
+        message = error(lambda: prepare(out, SETTINGS, records=texts(*other)))
+        assert f"{out}: made with other settings (content of --records)" in message
+    assert not prepare(out, SETTINGS, records=texts("a", "b", "c"))
+
+
+def test_an_input_file_is_compared_by_content(tmp_path):
+    """Another path with the same content is the same; another content is not."""
+    out = tmp_path / "out"
+    for name, text in (("one", "x"), ("same", "x"), ("other", "y")):
+        (tmp_path / name).write_text(text)
+    settings = SETTINGS | {"scorer": tmp_path / "one"}
+    prepare(out, settings, scorer=tmp_path / "one")
+    complete(out)
+    assert not prepare(out, settings | {"scorer": tmp_path / "same"}, scorer=tmp_path / "same")
+    message = error(lambda: prepare(out, settings, scorer=tmp_path / "other"))
+    assert "content of --scorer" in message
+    (tmp_path / "one").write_text("y")
+    assert "content of --scorer" in error(lambda: prepare(out, settings, scorer=tmp_path / "one"))
+    assert "content of --scorer" in error(lambda: prepare(out, settings, scorer=None))
+
+
+def test_an_input_that_no_option_names_is_compared_too(tmp_path):
+    """The default of an option: a checkpoint without tokenizers is read with the published ones."""
+    out = tmp_path / "out"
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    settings = SETTINGS | {"tokenizer": None}
+    assert prepare(out, settings, tokenizer=tmp_path / "one")
+    complete(out)
+    assert not prepare(out, settings, tokenizer=tmp_path / "one")
+    message = error(lambda: prepare(out, settings, tokenizer=tmp_path / "other"))
+    assert "content of --tokenizer" in message
 
 
 def test_output_folder_is_overwritten(tmp_path):
     out = tmp_path / "out"
     prepare(out, SETTINGS)
-    (out / "done.json").write_text("x")
+    complete(out)
+    write(out, "images/old.png")
+    (out / "mine.txt").write_text("no stage wrote this")
     assert prepare(out, SETTINGS | {"seed": 1}, overwrite=True)
-    assert sorted(os.listdir(out)) == [".lock", "settings.json"]
-    assert "seed 1 -> 0" in error(prepare, out, SETTINGS)
+    assert sorted(os.listdir(out)) == [".run", "mine.txt", "settings.json"]
+    write(out, "half")
+    assert "--seed 1 -> 0" in error(prepare, out, SETTINGS)
+    assert (out / "mine.txt").read_text() == "no stage wrote this"
+
+
+def test_a_damaged_list_of_files_leads_nowhere_else(tmp_path):
+    """A crash of the system leaves zeros or old blocks in a file that was written to last."""
+    out = tmp_path / "out"
+    prepare(out, SETTINGS)
+    complete(out)
+    others = [tmp_path / "mine.txt", tmp_path / "mine" / "too.txt"]
+    (tmp_path / "mine").mkdir()
+    for path in others:
+        path.write_text("no stage wrote this")
+    with open(out / ".run" / "written-0", "a") as names:
+        names.write(f"../mine.txt\n{others[1]}\nimages/../../mine.txt\n\0\0\0\n/\n..\n")
+    assert not prepare(out, SETTINGS)
+    assert prepare(out, SETTINGS | {"seed": 1}, overwrite=True)
+    assert not (out / "done.json").exists()
+    assert [path.read_text() for path in others] == ["no stage wrote this"] * 2
 
 
 def test_output_folder_below_a_file(tmp_path):
@@ -423,12 +970,75 @@ def test_map_records_continues(tmp_path, batch_again):
     with pytest.raises(RuntimeError):
         map_records(lambda chunk: work(chunk, fail_at=1), records, tmp_path, 2, "work")
     assert seen == [["e", "c"]]
-    assert map_records(work, records, tmp_path, batch_again, "work") == results_of(records)
+    assert list(map_records(work, records, tmp_path, batch_again, "work")) == results_of(records)
     assert [len(c) for c in seen[1:]] == {2: [2, 2, 1], 3: [3, 2]}[batch_again]
     assert sum(seen, []) == list("ecadbfg")  # every record once
     calls = len(seen)
-    assert map_records(work, records, tmp_path, 2, "work") == results_of(records)
+    assert list(map_records(work, records, tmp_path, 2, "work")) == results_of(records)
     assert len(seen) == calls  # all finished: nothing is computed
+
+
+def numbered(ids: str) -> list[Record]:
+    return [Record(i, "", f"caption {i}") for i in ids]
+
+
+def test_parts_may_be_torn(tmp_path):
+    """A kill cuts the last line, which is done again; files of several processes are read."""
+    records = numbered("abcdefg")
+    with pytest.raises(ZeroDivisionError):
+        map_records(lambda chunk: results_of(chunk) if chunk[0].id != "e" else 1 / 0, records,
+                    tmp_path, 2, "work")
+    file, = (tmp_path / "parts" / "work").iterdir()
+    assert file.name == f"0-{os.getpid()}-0.log"
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert [line.split(b"\t")[0].decode() for line in lines] == list("abcd")
+    file.with_name("3-77-0.log").write_bytes(lines[3] + b"g\t{")
+    file.write_bytes(b"".join(lines[:3])[:-1])
+    seen = []
+
+    def work(chunk):
+        seen.extend(r.id for r in chunk)
+        return results_of(chunk)
+
+    results = map_records(work, records, tmp_path, 2, "work")
+    assert list(results) == results_of(records) and seen == ["c", "e", "f", "g"]
+    assert results[-1]["id"] == "g" and [r["id"] for r in results[2:4]] == ["c", "d"]
+
+
+def test_parts_fill_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("hermesflow.runs.PART_BYTES", 300)
+    records = numbered("hgfedcba")
+    results = map_records(results_of, records, tmp_path, 1, "work")
+    assert len(list((tmp_path / "parts" / "work").iterdir())) > 2
+    assert list(results) == results_of(records)
+    parts = Parts(tmp_path / "parts" / "work")
+    for i in (7, 0, 3, 3):  # in any order
+        assert parts.read(records[i].id) == results_of(records[i : i + 1])[0]
+
+
+def test_a_finished_file_is_continued(tmp_path):
+    """What it holds is not computed; the results are in the order of the records."""
+    file = tmp_path / "done.jsonl"
+    write_jsonl(file, numbered("bd"))
+
+    def as_result(record) -> dict:
+        return results_of([record])[0] | {"old": True}
+
+    seen = []
+
+    def work(chunk):
+        seen.extend(r.id for r in chunk)
+        return results_of(chunk)
+
+    earlier = Earlier(file, Record, as_result)
+    results = map_records(work, numbered("abcd"), tmp_path, 3, "work", earlier=earlier)
+    assert seen == ["a", "c"]
+    expected = [r | {"old": True} if r["id"] in "bd" else r for r in results_of(numbered("abcd"))]
+    assert list(results) == expected
+    nothing = Earlier(tmp_path / "nothing.jsonl", Record, as_result)
+    assert len(nothing) == 0
+    again = map_records(work, numbered("xy"), tmp_path, 3, "other", earlier=nothing)
+    assert list(again) == results_of(numbered("xy"))
 
 
 # -------------------------------------------------------------------------------------- whole stage

@@ -4,6 +4,8 @@ TIFA's recorded cases, text similarity, encoders, log-probs, self-play.
 """
 
 import json
+import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +17,10 @@ from transformers import (BertConfig, BertModel, LlamaConfig, LlamaForCausalLM,
 import model as wrapper
 from conftest import GOLDEN, main, stage
 from hermesflow import scoring
-from hermesflow.files import InputError, save_tensors
-from hermesflow.records import Pair, Question, Sample, Score, read_jsonl, write_jsonl
+from hermesflow.files import InputError
+from hermesflow.jsonl import read_jsonl
+from hermesflow.records import Pair, Question, Sample, Score
+from hermesflow.tables import tensors_of, write_table
 from model import Generated, ImageBatch, Model, TextBatch, TextRequest
 from tiny import tiny_model
 
@@ -110,13 +114,17 @@ def test_nearest_text(answer, choices, nearest):
     assert scoring.nearest_text(answer, choices) == nearest
 
 
-def test_accuracy():
+def test_is_correct():
     questions = [Question("?", ["red", "blue"], "red"), Question("?", ["yes", "no"], "no"),
                  Question("?", ["one", "two"], "two"), Question("?", ["left", "right"], "left")]
     match = scoring.answer_matcher("text", "cpu")
-    assert score.accuracy(["red", "no", "2", "left"], questions, match) == 1.0
-    assert score.accuracy(["a red one", "yes", "one", "right"], questions, match) == 0.25
-    assert score.accuracy(["blue", "yes", "one", "right"], questions, match) == 0.0
+
+    def right(*answers) -> list[bool]:
+        return scoring.is_correct(list(answers), questions, match)
+
+    assert right("red", "no", "2", "left") == [True] * 4
+    assert right("a red one", "yes", "one", "right") == [True, False, False, False]
+    assert right("blue", "yes", "one", "right") == [False] * 4
 
 
 # ----------------------------------------------------------------------------------------- encoders
@@ -428,33 +436,57 @@ SAMPLE = Sample("a", "a.png", "a red ring", "draw a red ring", captions=["x", "y
 
 
 def captions(*scores):
-    return [Candidate(s, [i], f"caption {i}") for i, s in enumerate(scores)]
+    return [Candidate(s, torch.tensor([i]), f"caption {i}") for i, s in enumerate(scores)]
 
 
 def images(*scores):
-    return [Candidate(s, [10 + i], "", [f"wrong {i}"]) for i, s in enumerate(scores)]
+    return [Candidate(s, torch.tensor([10 + i]), f"wrong {i}") for i, s in enumerate(scores)]
 
 
-def curate(captions, images, previous=None, image_codes=()):
-    return score.curate(SAMPLE, list(image_codes), captions, images, previous, 0.6)
+def as_lists(tensors: dict) -> dict[str, list]:
+    return {name: t.tolist() for name, t in tensors.items()}
 
 
-def previous(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
-    return Pair(id, "a.png", "a red ring", "", [0], "old win", "old lose", [91], [92],
-                *caption_scores, [93], [94], *image_scores, ["old win wrong"], ["old lose wrong"])
+def curate(captions, images, previous=None):
+    """The pair and its tokens, or why there is none."""
+    curated = score.curate(SAMPLE, captions, images, previous, 0.6)
+    if isinstance(curated, str):
+        return curated
+    pair, tensors = curated
+    return pair, as_lists(tensors)
+
+
+def previous_pair(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
+    return Pair(id, "a.png", "a red ring", "", "old win", "old lose", *caption_scores,
+                *image_scores, "old win wrong", "old lose wrong")
+
+
+OLD_TOKENS = {"image": torch.tensor([9, 9]), "win_image": torch.tensor([3, 1]),
+              "lose_image": torch.tensor([4, 1]), "win_caption": torch.tensor([11]),
+              "lose_caption": torch.tensor([12, 13])}
+
+
+def previous():
+    """The candidates of a pair of the last round."""
+    p = previous_pair()
+    return ((Candidate(p.win_caption_score, torch.tensor([91]), p.win_caption),
+             Candidate(p.lose_caption_score, torch.tensor([92]), p.lose_caption)),
+            (Candidate(p.win_image_score, torch.tensor([93]), p.win_image_wrong),
+             Candidate(p.lose_image_score, torch.tensor([94]), p.lose_image_wrong)))
 
 
 def test_first_round_takes_best_and_worst():
-    pair = curate(captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0), image_codes=[7, 8])
-    assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", [7, 8],
-                        "caption 1", "caption 2", [1], [2], 0.9, 0.1,
-                        [12], [11], 1.0, 0.2, ["wrong 2"], ["wrong 1"])
+    pair, tokens = curate(captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0))
+    assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", "caption 1", "caption 2",
+                        0.9, 0.1, 1.0, 0.2, "wrong 2", "wrong 1")
+    assert tokens == {"win_caption": [1], "lose_caption": [2],
+                      "win_image": [12], "lose_image": [11]}
 
 
 def test_ties_take_the_first():
-    pair = curate(captions(0.9, 0.1, 0.9, 0.1), images(0.2, 1.0, 0.2, 1.0))
-    assert (pair.win_caption_ids, pair.lose_caption_ids) == ([0], [1])
-    assert (pair.win_image_codes, pair.lose_image_codes) == ([11], [10])
+    _, tokens = curate(captions(0.9, 0.1, 0.9, 0.1), images(0.2, 1.0, 0.2, 1.0))
+    assert (tokens["win_caption"], tokens["lose_caption"]) == ([0], [1])
+    assert (tokens["win_image"], tokens["lose_image"]) == ([11], [10])
 
 
 @pytest.mark.parametrize("caption_scores, image_scores, why", [
@@ -469,7 +501,7 @@ def test_dropped(caption_scores, image_scores, why):
 
 
 def test_just_above_the_bar_is_kept():
-    pair = curate(captions(0.9, 0.1), images(7 / 11, 0.0))
+    pair, _ = curate(captions(0.9, 0.1), images(7 / 11, 0.0))
     assert (pair.win_image_score, pair.lose_image_score) == (7 / 11, 0.0)
 
 
@@ -479,9 +511,9 @@ def test_just_above_the_bar_is_kept():
     (0.4, ("old lose", [92], 0.3)),
 ])
 def test_self_play_captions(best, loser):
-    pair = curate(captions(0.0, best), images(1.0, 0.0), previous())
-    win = pair.win_caption, pair.win_caption_ids, pair.win_caption_score
-    lose = pair.lose_caption, pair.lose_caption_ids, pair.lose_caption_score
+    pair, tokens = curate(captions(0.0, best), images(1.0, 0.0), previous())
+    win = pair.win_caption, tokens["win_caption"], pair.win_caption_score
+    lose = pair.lose_caption, tokens["lose_caption"], pair.lose_caption_score
     assert (win, lose) == (("caption 1", [1], best), loser)
 
 
@@ -491,11 +523,11 @@ def test_self_play_captions(best, loser):
     (0.75, ([94], 0.7)),
 ])
 def test_self_play_images(best, loser):
-    pair = curate(captions(0.9, 0.1), images(0.0, best), previous())
-    assert (pair.win_image_codes, pair.win_image_score) == ([11], best)
-    assert (pair.lose_image_codes, pair.lose_image_score) == loser
-    assert pair.win_image_wrong == ["wrong 1"]
-    assert pair.lose_image_wrong == [{93: "old win wrong", 94: "old lose wrong"}[loser[0][0]]]
+    pair, tokens = curate(captions(0.9, 0.1), images(0.0, best), previous())
+    assert (tokens["win_image"], pair.win_image_score) == ([11], best)
+    assert (tokens["lose_image"], pair.lose_image_score) == loser
+    assert pair.win_image_wrong == "wrong 1"
+    assert pair.lose_image_wrong == {93: "old win wrong", 94: "old lose wrong"}[loser[0][0]]
 
 
 @pytest.mark.parametrize("caption_scores, image_scores, why", [
@@ -538,17 +570,16 @@ def score_stage(tmp_path, monkeypatch):
     samples = [Sample(id, f"{id}.png", "a big red ring", questions=FIVE, captions=captions)
                for id in "abc"]
     samples.append(Sample("d", "d.png", "a ring", captions=["a", "ring", "x"]))  # no questions
-    tensors = {}
+    rows = []
     for n, s in enumerate(samples):
-        tensors[f"{s.id}/image"] = torch.tensor([n, n])
-        tensors[f"{s.id}/captions"] = torch.tensor([[5, -1], [6, 7], [8, -1]])
-        tensors[f"{s.id}/images"] = torch.tensor([[2, n], [5, n], [1, n], [4, n]])
-    save_tensors(tmp_path / "samples" / "samples.safetensors", tensors)
-    write_jsonl(tmp_path / "samples" / "samples.jsonl", samples)
+        rows.append((s, {"image": torch.tensor([n, n]),
+                         "captions": torch.tensor([[5, -1], [6, 7], [8, -1]]),
+                         "images": torch.tensor([[2, n], [5, n], [1, n], [4, n]])}))
+    write_table(tmp_path / "samples" / "samples.jsonl", rows)
 
     monkeypatch.setattr(score, "answer_questions", answer_questions)
     monkeypatch.setattr(score, "load_from", lambda args: Policy())
-    monkeypatch.setattr(score, "save_gallery", lambda *_: None)
+    monkeypatch.setattr(score, "save_pair_gallery", lambda *_: None)
 
     def run(*options, out="out"):
         main(score, "--samples", tmp_path / "samples", "--out", tmp_path / out, *options)
@@ -559,17 +590,27 @@ def score_stage(tmp_path, monkeypatch):
     return run
 
 
-def test_stage_scores_and_pairs(score_stage):
+def in_samples(tmp_path, name: str) -> str:
+    """The image of a record of the `score_stage`, as it is read."""
+    return str(tmp_path / "samples" / name)
+
+
+def test_stage_scores_and_pairs(score_stage, tmp_path):
     pairs, scores = score_stage()
     assert list(pairs) == ["a", "b", "c"] and scores["d"].dropped == "no questions"
     assert scores["b"].image_scores == [0.4, 1.0, 0.2, 0.8]
     assert scores["b"].answers[0] == ["yes", "yes", "no", "no", "no"]
+    assert scores["b"].correct == [[i < n for i in range(5)] for n in (2, 5, 1, 4)]
     assert scores["b"].caption_scores == [
         pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
-    assert pairs["b"] == Pair(
-        "b", "b.png", "a big red ring", "", [1, 1],
-        "a big red ring", "a cat", [6, 7], [5], 1.0, pytest.approx(0.2),
-        [5, 1], [1, 1], 1.0, 0.2, [], ["q1?", "q2?", "q3?", "q4?"])
+    pair = pairs["b"]
+    assert pair == Pair(
+        "b", in_samples(tmp_path, "b.png"), "a big red ring", "", "a big red ring", "a cat",
+        1.0, pytest.approx(0.2), 1.0, 0.2, "", "q1?\nq2?\nq3?\nq4?",
+        "pairs-00000.safetensors", 1, pair.digest)
+    assert as_lists(tensors_of(pair)) == {
+        "image": [1, 1], "win_caption": [6, 7], "lose_caption": [5],
+        "win_image": [5, 1], "lose_image": [1, 1]}
 
 
 def test_stage_scores_by_likelihood(score_stage, monkeypatch):
@@ -584,12 +625,13 @@ def test_stage_scores_by_likelihood(score_stage, monkeypatch):
     monkeypatch.setattr(score, "answer_questions", None)
     monkeypatch.setattr(score, "caption_likelihood", caption_likelihood)
     pairs, scores = score_stage("--image-scorer", "likelihood", "--min-image-score", 0.5)
-    assert scores["b"].image_scores == [0.2, 0.5, 0.1, 0.4] and scores["b"].answers == []
+    assert scores["b"].image_scores == [0.2, 0.5, 0.1, 0.4]
+    assert scores["b"].answers == scores["b"].correct == []
     assert scores["b"].dropped == "images: best score is not above 0.5"
     assert scores["d"].image_scores == [0.3, 0.6, 0.2, 0.5] and list(pairs) == ["d"]
-    pair = pairs["d"]
-    assert (pair.win_image_codes, pair.lose_image_codes) == ([5, 3], [1, 3])
-    assert pair.win_image_wrong == []
+    tokens = as_lists(tensors_of(pairs["d"]))
+    assert (tokens["win_image"], tokens["lose_image"]) == ([5, 3], [1, 3])
+    assert pairs["d"].win_image_wrong == ""
 
 
 def test_stage_does_not_depend_on_the_batch(score_stage):
@@ -598,12 +640,89 @@ def test_stage_does_not_depend_on_the_batch(score_stage):
 
 def test_stage_joins_the_previous_round_by_id(score_stage, tmp_path):
     """The previous round is in another order and lacks record b."""
-    old = [previous((1.0, 0.5), (1.0, 0.4), id="c"), previous((0.7, 0.1), (0.9, 0.3), id="a")]
-    write_jsonl(tmp_path / "previous.jsonl", old)
+    old = [(previous_pair((1.0, 0.5), (1.0, 0.4), id="c"), OLD_TOKENS),
+           (previous_pair((0.7, 0.1), (0.9, 0.3), id="a"), OLD_TOKENS)]
+    write_table(tmp_path / "previous.jsonl", old)
     pairs, _ = score_stage("--previous", tmp_path / "previous.jsonl")
     losers = {}
     for id, p in pairs.items():
-        losers[id] = (p.lose_caption, p.lose_caption_score, p.lose_image_codes, p.lose_image_score)
-    assert losers == {"a": ("old win", 0.7, [93], 0.9),  # 1.0 beats 0.7 and 0.9
-                      "b": ("a cat", pytest.approx(0.2), [1, 1], 0.2),  # no history
-                      "c": ("old lose", 0.5, [94], 0.4)}  # 1.0 does not beat 1.0
+        tokens = as_lists(tensors_of(p))
+        losers[id] = (p.lose_caption, tokens["lose_caption"], p.lose_caption_score,
+                      tokens["lose_image"], p.lose_image_score, p.lose_image_wrong)
+    assert losers == {
+        "a": ("old win", [11], 0.7, [3, 1], 0.9, "old win wrong"),  # 1.0 beats 0.7 and 0.9
+        "b": ("a cat", [5], pytest.approx(0.2), [1, 1], 0.2, "q1?\nq2?\nq3?\nq4?"),  # no history
+        "c": ("old lose", [12, 13], 0.5, [4, 1], 0.4, "old lose wrong")}  # 1.0 does not beat 1.0
+    images = [tensors_of(p)["image"].tolist() for p in pairs.values()]
+    assert images == [[0, 0], [1, 1], [2, 2]]  # the record's own, not that of the last round
+
+
+# --------------------------------------------------------------------------------- scores that are NaN
+
+
+@pytest.fixture
+def nan_bert(bert, tmp_path):
+    """Texts of four words and more have NaN vectors."""
+    shutil.copytree(bert, tmp_path / "nan_bert")
+    encoder = BertModel.from_pretrained(bert)
+    with torch.no_grad():
+        encoder.embeddings.position_embeddings.weight[5:] = torch.nan
+    encoder.save_pretrained(tmp_path / "nan_bert")
+    return tmp_path / "nan_bert"
+
+
+def ends_in_one_line(score_stage, *options) -> str:
+    with pytest.raises(InputError) as ended:
+        score_stage(*options)
+    assert "\n" not in str(ended.value)
+    return str(ended.value)
+
+
+def stored(tmp_path) -> str:
+    """The text of all files that the stage left."""
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.name != "lock"]
+    assert not {"scores.jsonl", "pairs.jsonl"} & {p.name for p in files}
+    return "".join(p.read_text() for p in files)
+
+
+def test_caption_scorer_that_gives_nan(score_stage, tmp_path, nan_bert, bert):
+    """The line names the encoder and the record; what was scored before it is kept."""
+    file = tmp_path / "samples" / "samples.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(reversed(lines)))  # d, whose texts are short, is the first
+    options = ("--caption-scorer", nan_bert)
+    message = ends_in_one_line(score_stage, *options)
+    assert message == f"id 'c': {nan_bert}: gives NaN or infinite vectors"
+    part, = (tmp_path / "out" / "parts" / "score").iterdir()
+    assert [line.split("\t")[0] for line in part.read_text().splitlines()] == ["d"]
+    assert ends_in_one_line(score_stage, *options) == message
+    assert "NaN" not in stored(tmp_path)
+
+    # another encoder at the same place does not go on with scores of the old one
+    shutil.copytree(bert, nan_bert, dirs_exist_ok=True)
+    message = ends_in_one_line(score_stage, *options)
+    assert "made with other settings (content of --caption-scorer)" in message
+
+
+def test_matcher_that_gives_nan(score_stage, tmp_path, nan_bert, monkeypatch):
+    def long_answers(model, codes, questions, max_new_tokens):
+        return [["a red ring left"] * len(asked) for asked in questions]
+
+    monkeypatch.setattr(score, "answer_questions", long_answers)
+    message = ends_in_one_line(score_stage, "--matcher", nan_bert)
+    assert message == f"id 'a': {nan_bert}: gives NaN or infinite vectors"
+    assert ends_in_one_line(score_stage, "--matcher", nan_bert) == message
+    assert "NaN" not in stored(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_likelihood_that_is_nan(score_stage, tmp_path, monkeypatch, bad):
+    def caption_likelihood(model, images, captions):
+        return [bad if code == [1, 2] else 0.5 for code in images.tolist()]
+
+    monkeypatch.setattr(score, "caption_likelihood", caption_likelihood)
+    message = ends_in_one_line(score_stage, "--image-scorer", "likelihood")
+    assert message == "id 'c': a score is NaN or infinite"
+    assert ends_in_one_line(score_stage, "--image-scorer", "likelihood") == message
+    text = stored(tmp_path)
+    assert "NaN" not in text and "Infinity" not in text and '"id": "b"' in text

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from hermesflow.files import InputError
 from hermesflow.options import ImageSampling
 from hermesflow.pictures import to_pil
 from hermesflow.records import CAPTION_QUESTION
@@ -41,6 +42,105 @@ def test_records_of_a_split_are_of_that_split(tmp_path):
     assert (tmp_path / image).read_bytes() == (tmp_path / "again" / image).read_bytes()
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
+
+
+def make_records(out, *options) -> None:
+    world.main(world.parse_args(["--split", "eval", "--n", "5", "--out", str(out), *options]))
+
+
+def contents(folder) -> dict:
+    files = [p for p in folder.rglob("*") if p.is_file() and ".run" not in p.parts]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_records_are_written_again_after_a_kill(tmp_path, monkeypatch):
+    make_records(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    out = tmp_path / "killed"
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "write_text", kill)
+        make_records(out)
+    assert (out / "images").exists() and not (out / "records.jsonl").exists()
+    make_records(out)
+    assert contents(out) == whole
+    # the same command writes the same bytes, and images that were removed
+    (out / "images" / "eval-0-00003.png").unlink()
+    make_records(out)
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("theirs", ["records.jsonl", "images/eval-0-00003.png", "images/cat.png"])
+def test_records_do_not_replace_other_files(tmp_path, theirs):
+    file = tmp_path / theirs
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    for options in ((), ("--overwrite",)):
+        with pytest.raises(InputError, match="no stage wrote it"):
+            make_records(tmp_path, *options)
+    assert contents(tmp_path) == {theirs: b"mine"}
+
+
+def test_records_of_other_settings_are_not_replaced(tmp_path):
+    make_records(tmp_path)
+    before = contents(tmp_path)
+    for options in (("--n", "4"), ("--seed", "1"), ("--split", "train")):
+        with pytest.raises(InputError, match="other settings"):
+            make_records(tmp_path, *options)
+    assert contents(tmp_path) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    make_records(tmp_path, "--n", "4", "--overwrite")
+    assert len(list((tmp_path / "images").iterdir())) == 4
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_sheet_replaces_nothing(tmp_path):
+    sheet = tmp_path / "sheet.png"
+    world.main(world.parse_args(["--sheet", str(sheet)]))
+    before = sheet.read_bytes()
+    with pytest.raises(InputError, match="is there already"):
+        world.main(world.parse_args(["--sheet", str(sheet)]))
+    assert sheet.read_bytes() == before
+
+
+@pytest.mark.parametrize("module, options, what", [
+    (world, ["--split", "eval"], "--out"),
+    (world, ["--out", "o"], "--split"),
+    (world, ["--sheet", "s.png", "--out", "o"], "--sheet"),
+    (pretrain, ["--keep", "10", "--steps", "9"], "--keep 10"),
+])
+def test_options_that_do_nothing_are_refused(module, options, what, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.parse_args(options)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and what in error
+
+
+def test_pretraining_replaces_nothing(tmp_path, monkeypatch):
+    """Neither other files nor an image tokenizer of other settings."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("mine")
+    arguments = ["--magvit-steps", "1", "--steps", "1", "--out"]
+    with pytest.raises(InputError, match="no stage wrote it"):
+        pretrain.main(pretrain.parse_args([*arguments, str(tmp_path)]))
+    assert contents(tmp_path) == {"base/config.json": b"mine"}
+
+    # killed after its image tokenizer
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "reconstruction", kill)
+    out = str(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(pretrain.parse_args([*arguments, out]))
+    before = contents(tmp_path / "out")
+    assert "magvitv2/config.json" in before
+    with pytest.raises(InputError, match="other settings"):
+        pretrain.main(pretrain.parse_args([*arguments, out, "--seed", "1"]))
+    assert contents(tmp_path / "out") == before
 
 
 def test_oracle_and_answers_are_exact_for_every_caption():

@@ -18,24 +18,40 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hermesflow.options import stage_parser
+from hermesflow.options import COUNT, SEED, folder, integer, stage_parser
+from hermesflow.outputs import Output, exit_if_complete, finish, prepare, run_main
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default=Path("runs/pretrain"), help="folder for both models")
-    add("--keep", type=int, nargs="*", default=[], help="also save after these steps [none]")
+    add("--out", type=folder, default=Path("runs/pretrain"), help="folder for both models")
+    add("--overwrite", action="store_true", help="empty OUT first")
+    add("--keep", type=COUNT, nargs="+", default=[], help="also save after these steps [none]")
     add = parser.add_argument_group("training").add_argument
-    add("--magvit-steps", type=int, default=1200, help="of the image tokenizer")
-    add("--steps", type=int, default=3000, help="of the base model")
-    add("--seed", type=int, default=0, help="of weights and data")
-    add("--threads", type=int, default=1, help="toy/base: one; more round differently")
-    return parser.parse_args(argv)
+    add("--magvit-steps", type=COUNT, default=1200, help="of the image tokenizer")
+    add("--steps", type=COUNT, default=3000, help="of the base model")
+    add("--seed", type=SEED, default=0, help="of weights and data")
+    add("--threads", type=integer(1, 1024), default=1,
+        help="toy/base: one; more round differently")
+    args = parser.parse_args(argv)
+    if max(args.keep, default=0) > args.steps:
+        parser.error(f"--keep {max(args.keep)} comes after the last of --steps {args.steps}")
+    return args
 
 
+def output_of(args) -> Output:
+    """What decides both models."""
+    kept = [f"step-{step}" for step in args.keep]
+    return Output(args.out, "toy/pretrain", "base/config.json", args=vars(args),
+                  writes=("magvitv2", "base", *kept), free=(), derived=(), inputs={},
+                  code=(__file__,))
+
+
+# before the heavy imports, so that --help, a mistake and a complete output are answered at once
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+    ARGS = parse_args()
+    run_main(lambda: exit_if_complete(output_of(ARGS)))
 
 import math
 
@@ -49,7 +65,6 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, get_scheduler
 from hermesflow.magvit import Magvit, MagvitConfig, load_magvit, save_magvit
 from hermesflow.pictures import to_pil
 from hermesflow.records import CAPTION_QUESTION, Question, vqa_question
-from hermesflow.runs import run_main
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.showo import (Segment, Showo, Tokens, answer_segment,
                               decay_groups, image_segment, pack)
@@ -254,11 +269,13 @@ def train_base(model: Model, steps: int, seed: int, keep: list[int], out: Path) 
 
 
 def main(args):
+    output = output_of(args)
+    prepare(output)
     torch.set_num_threads(args.threads)
-    folder = args.out / "magvitv2"
-    if not folder.exists():  # an interrupted run keeps its image tokenizer
-        save_magvit(train_magvit(args.magvit_steps, args.seed), folder)
-    vq = load_magvit(folder)
+    vq_folder = args.out / "magvitv2"
+    if not vq_folder.exists():  # an interrupted run keeps its image tokenizer
+        save_magvit(train_magvit(args.magvit_steps, args.seed), vq_folder)
+    vq = load_magvit(vq_folder)
     objects, cells, codes = reconstruction(vq)
     print(f"object cells right {objects:.4f}, all cells right {cells:.4f}, "
           f"codes as assigned {codes:.4f}")
@@ -266,6 +283,7 @@ def main(args):
     model = Model(new_net(word_tokenizer(world.vocabulary())), vq)
     train_base(model, args.steps, args.seed, args.keep, args.out)
     save(model, args.out / "base")
+    finish(output)
     parameters = sum(p.numel() for p in model.net.parameters())
     print(f"{parameters / 1e6:.2f} M parameters: {args.out / 'base'}")
 

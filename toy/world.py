@@ -13,16 +13,22 @@ exact answers.
     python toy/world.py --sheet sheet.png
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
+import sys
 from collections import namedtuple
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from hermesflow.files import InputError, atomic, write_text
+from hermesflow.options import COUNT, SEED, folder, stage_parser
+from hermesflow.outputs import Output, finish, prepare, run_main
 
 GRID, CELL = 4, 16
 SIDE = GRID * CELL
@@ -180,7 +186,8 @@ def _question(text, choices, answer, element):
 def questions(caption):
     """Caption -> 8 to 10 multiple-choice questions whose answers can be seen in the image alone.
 
-    The same caption always gets the same questions; half of its yes/no questions are answered 'yes'.
+    The same caption always gets the same questions; half of its yes/no questions are answered
+    'yes'.
     """
     spec = parse(caption)
 
@@ -368,23 +375,15 @@ def answer(image, question):
 
 # ------------------------------------------------------------------------------------------ records
 
-def _write(path, save):
-    """Write through a temporary file: a reader sees the old file or the whole new one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    save(temporary)
-    os.replace(temporary, path)
-
-
 def records(which, n, seed, out_dir):
     """Write n records of a split: out_dir/images/<id>.png and out_dir/records.jsonl; returns them.
 
     Captions are all different until the split is used up; only then do they come again, with other
-    placements.
+    placements. records.jsonl comes last: where it is, all images are.
     """
     rng = np.random.default_rng(seed)
     pool = captions(which)
     order = rng.permutation(len(pool))
-    os.makedirs(os.path.join(out_dir, "images"), exist_ok=True)
     rows = []
     for i in range(n):
         caption = pool[order[i % len(pool)]]
@@ -395,17 +394,16 @@ def records(which, n, seed, out_dir):
             "caption": caption,
             "questions": questions(caption),
         }
-        image = Image.fromarray(render(scene(caption, rng)))
-        _write(os.path.join(out_dir, row["image"]), lambda path: image.save(path, format="PNG"))
+        _save_png(Image.fromarray(render(scene(caption, rng))), Path(out_dir) / row["image"])
         rows.append(row)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-
-    def save(path):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    _write(os.path.join(out_dir, "records.jsonl"), save)
+    write_text(Path(out_dir) / "records.jsonl", text)
     return rows
+
+
+def _save_png(picture, path):
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def vocabulary():
@@ -446,36 +444,44 @@ def sheet(path, zoom=2):
         page.paste(picture, (x + 8, y + 6))
         words = caption.replace(" left of ", "\nleft of ").replace(" above ", "\nabove ")
         draw.text((x + 8, y + scene_tile + 8), words, fill="black")
-    _write(path, lambda temporary: page.save(temporary, format="PNG"))
+    _save_png(page, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    group = parser.add_argument_group("records")
-    group.add_argument("--split", choices=list(SPLITS), help="which captions")
-    group.add_argument("--n", type=int, default=512, help="number of records [%(default)s]")
-    group.add_argument("--seed", type=int, default=0, help="order and placements [%(default)s]")
-    group.add_argument("--out", help="folder for records.jsonl and images/")
-    group = parser.add_argument_group("a look at the world")
-    group.add_argument("--sheet", metavar="PNG", help="draw a contact sheet instead")
-    args = parser.parse_args()
+# --------------------------------------------------------------------------------------------- main
+
+def parse_args(argv=None):
+    parser = stage_parser(__doc__)
+    add = parser.add_argument_group("records").add_argument
+    add("--split", choices=list(SPLITS), help="which captions")
+    add("--n", type=COUNT, default=512, help="number of records")
+    add("--seed", type=SEED, default=0, help="order and placements")
+    add("--out", type=folder, help="folder for records.jsonl and images/")
+    add("--overwrite", action="store_true", help="empty OUT first")
+    add = parser.add_argument_group("a look at the world").add_argument
+    add("--sheet", type=folder, metavar="PNG", help="draw a contact sheet instead")
+    args = parser.parse_args(argv)
+    if args.sheet and (args.split or args.out):
+        parser.error("--sheet draws no records: give it without --split and --out")
+    if not args.sheet and not (args.split and args.out):
+        parser.error("--split and --out, or --sheet, are needed")
+    return args
+
+
+def main(args):
     if args.sheet:
+        if os.path.lexists(args.sheet):
+            raise InputError(f"--sheet {args.sheet}: is there already")
         return sheet(args.sheet)
-    if not args.split or not args.out:
-        parser.error("give --split and --out (or --sheet)")
-    if args.n < 1:
-        parser.error(f"--n must be at least 1, not {args.n}")
-    if args.seed < 0:
-        parser.error(f"--seed must not be negative, not {args.seed}")
-    try:
-        rows = records(args.split, args.n, args.seed, args.out)
-    except OSError as error:
-        parser.error(f"cannot write to {args.out}: {error}")
+    output = Output(args.out, "toy/world", "records.jsonl", writes=("records.jsonl", "images"),
+                    args=vars(args), free=("sheet",), derived=(), inputs={}, code=(__file__,))
+    prepare(output)
+    # also where they are complete: the same bytes, and images that were removed
+    rows = records(args.split, args.n, args.seed, args.out)
+    finish(output)
     different = len({row["caption"] for row in rows})
     print(f"{len(rows)} records, {different} different captions -> {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    ARGS = parse_args()
+    run_main(lambda: main(ARGS))

@@ -6,7 +6,7 @@
 import loop
 
 SIZES = (2, 4, 16)
-STEPS = "--epochs 0 --steps 24"
+STEPS = "--steps 24"
 VARIANTS = {
     "both, n = 8": dict(n=3),
     "understanding only": dict(n=3, dpo="--gen 0"),

@@ -34,9 +34,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
 import switches
 from evals.metrics import EvalRecord
 from hermesflow.files import parse_json, read_object, read_text
-from hermesflow.options import stage_parser
-from hermesflow.records import Pair, read_jsonl
-from hermesflow.runs import run_main
+from hermesflow.jsonl import read_jsonl
+from hermesflow.options import COUNT, SEED, stage_parser
+from hermesflow.outputs import run_main
+from hermesflow.records import Pair
 from model import load
 from tables import RESULTS, forest, publish, tables
 from toy import world
@@ -250,8 +251,8 @@ def parse_args(seeds):
     parser = stage_parser(sys.modules["__main__"].__doc__)
     add = parser.add_argument_group("study").add_argument
     add("--tables", action="store_true", help="only write picture and tables again")
-    add("--seeds", type=int, nargs="+", default=seeds, help="of data, sampling and training")
-    add("--jobs", type=int, default=2, help="processes at a time")
+    add("--seeds", type=SEED, nargs="+", default=seeds, help="of data, sampling and training")
+    add("--jobs", type=COUNT, default=2, help="processes at a time")
     return parser.parse_args()
 
 

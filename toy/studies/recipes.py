@@ -5,7 +5,7 @@
 
 import loop
 
-STEPS = "--epochs 0 --steps 24"
+STEPS = "--steps 24"
 VARIANTS = {
     "toy's settings": dict(),
     "4 masks": dict(training="masks 4"),

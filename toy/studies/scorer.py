@@ -13,7 +13,9 @@ import numpy as np
 
 import loop
 from hermesflow.files import read_object
-from hermesflow.records import Score, read_jsonl, read_samples
+from hermesflow.jsonl import read_jsonl
+from hermesflow.records import Sample, Score
+from hermesflow.tables import tensors_of
 from model import load
 from switches import oracle
 from tables import RESULTS, markdown
@@ -67,8 +69,8 @@ def measure() -> None:
     model = load("toy/base")  # its image tokenizer is that of all rounds
     for seed in SEEDS:
         for r, (policy, folder, _, _) in enumerate(loop.play(seed, 3), 1):
-            samples, tensors = read_samples(folder)
-            judged = [oracle(model, s, tensors[f"{s.id}/images"]) for s in samples]
+            samples = read_jsonl(folder / "samples.jsonl", Sample)
+            judged = [oracle(model, s, tensors_of(s)["images"]) for s in samples]
             share, right = zip(*judged)
             result = {"oracle": rounded(share), "right": rounded(right)}
             for name, settings in VARIANTS.items():

@@ -1,0 +1,57 @@
+"""The public benchmarks, and which options decide the results of an evaluation.
+
+Imports nothing heavy.
+"""
+
+from pathlib import Path
+
+from evals.official import files_below
+from hermesflow.contents import content
+from hermesflow.outputs import Output, read_mark, write_mark
+
+# file names in this folder
+UNDERSTANDING = ("pope", "mme", "vqav2", "gqa", "mmmu", "flickr30k")
+GENERATION = ("geneval", "dpg", "clipscore", "fid", "tifa")
+CLIP = {"geneval": "openai/clip-vit-large-patch14",  # the official colour classifier
+        "clipscore": "openai/clip-vit-base-patch32"}
+
+# None: the gap protocol
+DRAWING = ("steps", "guidance", "temperature", "anneal", "guidance_interval", "seed")
+MODELS = {None: ("judge", "caption_scorer", "matcher"), "tifa": ("judge", "matcher"),
+          "geneval": ("detector", "clip"), "dpg": ("vqa",), "clipscore": ("clip",)}
+NO_MODELS = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher": ("text",)}
+
+COMPARED = (*DRAWING, *MODELS[None], "max_new_tokens", "dtype", "records")  # as --compare wants
+
+
+def deciding(benchmark: str | None) -> set[str]:
+    """The options that change the results, besides the evaluated model."""
+    options = {"benchmark", "dtype", *MODELS.get(benchmark, ())}
+    if benchmark not in UNDERSTANDING:
+        options |= set(DRAWING)
+    if benchmark in (None, "tifa", *UNDERSTANDING):
+        options |= {"max_new_tokens"}
+    return options
+
+
+def judging_models(benchmark: str | None, options: dict) -> dict[str, str]:
+    """option -> the model that it names, of those that judge."""
+    named = {name: options[name] for name in MODELS.get(benchmark, ())}
+    return {name: value for name, value in named.items() if value not in NO_MODELS.get(name, ())}
+
+
+def scored_images(benchmark: str | None, out: Path) -> str | None:
+    """The content of the images that a benchmark of generation scores: drawn, or put there."""
+    folder = out / "images"
+    if benchmark not in GENERATION or not folder.is_dir():
+        return None
+    return content(lambda: files_below(folder))
+
+
+def note_scored_images(output: Output) -> None:
+    """Remember which images were scored, so that a rerun notices if others have replaced them."""
+    images = scored_images(output.args["benchmark"], output.folder)
+    if images is not None:
+        mark = read_mark(output)
+        mark["derived"]["images"] = images
+        write_mark(output, mark)

@@ -1,0 +1,273 @@
+"""A training run around its steps: processes, signals, the reference's log-probs, the log."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from tqdm import tqdm
+
+from hermesflow.files import InputError, claim, holdings, reason, remove, writing
+from hermesflow.outputs import Output
+from hermesflow.runs import PATIENCE, Parts
+from hermesflow.states import State, undamaged
+from hermesflow.tables import load_tensors, save_tensors
+
+FLUSH_SECONDS = 5.0  # of the reference pass that a kill may cost
+ROUNDING = {"no": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative, of log-probs computed twice
+LOWEST_SCALE = 2.0**-4  # of float16 gradients: it starts at 2^16, and an overflow halves it
+
+
+def start_accelerator(batch: int, micro_batch: int, device: str | None, precision: str,
+                      **settings) -> Accelerator:
+    """An Accelerator that makes a step of `batch` records out of all processes' micro-batches.
+
+    Raises InputError if it cannot.
+    """
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    PartialState(cpu=on_cpu, timeout=PATIENCE)  # before Accelerator, which would wait for minutes
+    if precision == "fp16" and on_cpu:
+        raise InputError("--precision fp16 needs an accelerator; bf16 does not")
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **settings)
+    except ValueError as error:
+        raise InputError(f"--precision {precision}: {reason(error)}") from None
+    at_once = micro_batch * accelerator.num_processes
+    if batch % at_once:
+        raise InputError(f"--batch {batch} is not a multiple of --micro-batch {micro_batch} times "
+                         f"{accelerator.num_processes} processes")
+    accelerator.gradient_accumulation_steps = batch // at_once
+    return accelerator
+
+
+def start_trackers(output: Output, accelerator: Accelerator) -> None:
+    """Begin to log to what --track names, if it does; files go into OUT."""
+    settings = {name: str(value) for name, value in output.args.items()}
+    accelerator.init_trackers("pair-dpo", settings, {"wandb": {"dir": str(output.folder)}})
+
+
+def micro_batches(visits: range, size: int, accelerator: Accelerator) -> list[range]:
+    """The visits that this process sees of a step, one range per forward pass."""
+    return cut(visits, size)[accelerator.process_index :: accelerator.num_processes]
+
+
+def cut(visits: range, size: int) -> list[range]:
+    return [range(start, start + size) for start in range(visits.start, visits.stop, size)]
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+
+class Interruptions:
+    """SIGINT and SIGTERM end a run between two steps, when all processes know of one.
+
+    Before there are steps, and for the second time, they end a process at once. Launchers repeat
+    the first one: it counts for a second.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.waits = False  # for the end of a step
+        self.received = 0  # the number of the signal
+        self.since = 0.0
+        self.before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        if self.waits and not self.received:
+            self.received = number
+            self.since = time.monotonic()
+        elif not self.received or time.monotonic() - self.since > 1:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def agreed(self) -> int:
+        """The signal that a process of this run has received, or 0; the same on all of them."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        received = torch.tensor([self.received], device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max())
+
+    def end(self, number: int, when: str) -> None:
+        """End this process as a shell expects it of one that a signal ended."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.accelerator.is_main_process:
+            message = f"interrupted {when}; the same command continues from here"
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+
+class ReferenceFile:
+    """OUT/reference.safetensors: log-probs (visits, 2 halves, 2) that are computed once.
+
+    Until it is complete, they are gathered in OUT/reference, and a killed run goes on from there.
+    """
+
+    def __init__(self, out: Path, visits: int, own: bool, accelerator: Accelerator):
+        self.path = out / "reference.safetensors"
+        self.folder = out / "reference"
+        self.visits = visits
+        self.own = own  # of the policy that training starts from
+        self.accelerator = accelerator
+        self.pending = []
+        self.flushed = time.monotonic()
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def load(self) -> torch.Tensor:
+        with undamaged(self.path):
+            logps = load_tensors(self.path)["logps"]
+            if logps.shape != (self.visits, 2, 2) or not logps.isfinite().all():
+                raise ValueError(f"not {self.visits} x 2 x 2 finite numbers")
+        return logps
+
+    def missing(self, size: int, interruptions: Interruptions) -> Iterator[range]:
+        """The micro-batches of this process that are still to be computed."""
+        rank = self.accelerator.process_index
+        processes = self.accelerator.num_processes
+        with undamaged(self.folder):
+            self.parts = Parts(self.folder)
+        known = self.parts.places
+        everything = cut(range(self.visits), size)
+        todo = [at for at in everything if not all(str(visit) in known for visit in at)]
+        # all processes see the same parts before anyone adds to them
+        self.accelerator.wait_for_everyone()
+        bar = tqdm(range(0, len(todo), processes), desc="reference",
+                   disable=not self.accelerator.is_main_process)
+        interruptions.waits = True
+        for first in bar:
+            # processes that share out a network call it together: one may do the last again
+            yield todo[min(first + rank, len(todo) - 1)]
+            number = interruptions.agreed()
+            if number:
+                self.flush()
+                interruptions.end(number, "while the reference was computed")
+        interruptions.waits = False
+        self.flush()
+
+    def add(self, at: range, logps: torch.Tensor, ids: list[str]) -> None:
+        """logps: (B, 2, 2) of the visits `at`, of the records `ids`."""
+        self.pending.append((at, logps, ids))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        results = []
+        for at, logps, ids in self.pending:
+            if not logps.isfinite().all():
+                raise InputError(f"reference: log-probs of records {', '.join(ids)} are not finite "
+                                 "numbers; --precision no may help")
+            for visit, values in zip(at, logps.tolist()):
+                results.append({"id": str(visit), "logps": values})
+        if results:
+            self.parts.append(results, self.accelerator.process_index)
+        self.pending = []
+        self.flushed = time.monotonic()
+
+    def save(self) -> None:
+        """Put together what all processes have found."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            logps = torch.zeros(self.visits, 2, 2)
+            with undamaged(self.folder):
+                parts = Parts(self.folder)
+                for visit in range(self.visits):
+                    logps[visit] = torch.tensor(parts.read(str(visit))["logps"])
+            save_tensors(self.path, {"logps": logps})
+            remove(self.folder)
+        self.accelerator.wait_for_everyone()
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+def remaining_steps(steps: int, save_every: int, state: State,
+                    interruptions: Interruptions) -> tqdm:
+    """A bar over the numbers of the steps that the last state has left to do.
+
+    Between two, states are saved, and signals end the run.
+    """
+    if 0 < save_every < steps:
+        state.say_size(save_every)
+    start = state.resume(steps)
+
+    def numbers() -> Iterator[int]:
+        interruptions.waits = True
+        for step in range(start, steps):
+            yield step
+            if step + 1 == steps:
+                return
+            signal_number = interruptions.agreed()
+            if signal_number or save_every and (step + 1) % save_every == 0:
+                state.save(step + 1)
+            if signal_number:
+                interruptions.end(signal_number, f"after step {step}, whose state is saved")
+
+    return tqdm(numbers(), desc="Pair-DPO", initial=start, total=steps,
+                disable=not interruptions.accelerator.is_main_process)
+
+
+def distance(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """How far log-probs have gone from the reference's, relative to their size."""
+    return (policy - reference).abs().mean() / reference.abs().mean().clamp(min=1)
+
+
+def mean_figures(watched: list[dict[str, torch.Tensor]], norm: float, optimizer,
+                 accelerator: Accelerator) -> dict[str, float]:
+    """Of the micro-batches of a step, over all processes; and the gradient's norm."""
+    rows = [torch.stack([v.detach().float() for v in log.values()]) for log in watched]
+    mean = accelerator.reduce(torch.stack(rows).mean(0), "mean").tolist()
+    figures = {**dict(zip(watched[0], mean)), "grad_norm": norm}
+    scaler = accelerator.scaler
+    if scaler is not None:  # of float16: if gradients overflow, the step is skipped
+        figures |= {"skipped": float(optimizer.step_was_skipped), "scale": scaler.get_scale()}
+        if optimizer.step_was_skipped:
+            figures["grad_norm"] = 0.0
+    return figures
+
+
+def assert_healthy(log: dict, ids: list[str], reference: ReferenceFile) -> None:
+    """Abort on NaN or infinity, on lasting overflows, or if the reference is of another policy."""
+    step = f"step {log['step']}"
+    wrong = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
+    if wrong:
+        raise InputError(f"{step}: {', '.join(wrong)}; records {', '.join(ids)}; the last state is "
+                         "kept, a lower --lr or --precision no may help")
+    if log.get("scale", 1.0) <= LOWEST_SCALE:
+        raise InputError(f"{step}: gradients overflow even if they are scaled by {log['scale']}; "
+                         "the last state is kept, --precision bf16 or no may help")
+    rounding = ROUNDING[reference.accelerator.mixed_precision]
+    if log["step"] == 0 and reference.own and log["distance"] > rounding:
+        raise InputError(f"{step}: log-probs are {log['distance']:.1e} of their size away from "
+                         f"{reference.path}, which is of another policy (use --overwrite)")
+
+
+def write_log(log: dict, accelerator: Accelerator, out: Path) -> None:
+    """Append a step to OUT/train.jsonl, and to the trackers."""
+    file = out / "train.jsonl"
+    for holding in holdings(file):
+        holding.check()  # on all processes: none should wait for one that has stopped
+    log = {k: v for k, v in log.items() if k != "distance"}
+    accelerator.log({k: v for k, v in log.items() if k != "step"}, step=log["step"])
+    if accelerator.is_main_process:
+        claim(file)
+        with writing(file), open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(log, allow_nan=False) + "\n")

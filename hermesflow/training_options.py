@@ -1,0 +1,42 @@
+"""Options of training alone: its length, and trackers. Imports nothing heavy."""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+from hermesflow.files import InputError, reading
+from hermesflow.options import above_zero, number
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
+            "wandb")  # accelerate's: names of modules and of pip packages
+WEIGHT = number(0, 1e6)  # of a term of the loss
+
+
+class Epochs(float):
+    """A number of passes over the pairs, in the place of a number of steps."""
+
+
+def epochs(text: str) -> Epochs:
+    return Epochs(above_zero(1e6)(text))
+
+
+def number_of_steps(length: int | Epochs, pairs: Path, batch: int) -> int:
+    """length: steps, or passes over the lines of `pairs`. Raises InputError if it is absurd."""
+    steps = length
+    if isinstance(length, Epochs):
+        with reading(pairs), open(pairs, "rb") as lines:
+            records = sum(1 for line in lines if line.strip())
+        steps = max(1, math.ceil(length * records / batch))
+    if steps * batch > 10**8:
+        raise InputError(f"--batch {batch}: {steps} steps of it are more than 10^8 records")
+    return steps
+
+
+def tracker(text: str) -> str:
+    """One of accelerate's trackers that is installed."""
+    if text not in TRACKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(TRACKERS)}")
+    if importlib.util.find_spec(text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not installed: pip install {text}")
+    return text

@@ -220,15 +220,13 @@ def make_pairs(samples: Lines, scores: Iterable[Score], previous: Lines | None,
             continue
         tensors = tensors_of(sample)
         captions, images = candidates_of_sample(sample, score, tensors)
-        old = None
-        if sample.id in places:
-            old = candidates_of_pair(previous[places[sample.id]])
+        place = places.get(sample.id)
+        old = None if place is None else candidates_of_pair(previous[place])
         curated = curate(sample, captions, images, old, min_image_score)
         if isinstance(curated, str):
             dropped[sample.id] = curated
         else:
-            pair, tokens = curated
-            yield pair, {"image": tensors["image"], **tokens}
+            yield curated[0], {"image": tensors["image"], **curated[1]}
 
 
 # --------------------------------------------------------------------------------- input and output
@@ -266,10 +264,9 @@ def main(args):
     match = answer_matcher(args.matcher, model.device)
 
     def score(chunk: list[Sample]) -> list[dict]:
-        scored = score_records(model, chunk, score_captions, match, write_questions,
-                               args.image_scorer == "likelihood", args.reencode,
-                               args.max_new_tokens)
-        return [asdict(s) for s in scored]
+        return list(map(asdict, score_records(
+            model, chunk, score_captions, match, write_questions,
+            args.image_scorer == "likelihood", args.reencode, args.max_new_tokens)))
 
     file = args.out / "scores.jsonl"
     results = map_records(score, samples, args.out, args.batch, "score",

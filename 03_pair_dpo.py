@@ -260,14 +260,16 @@ def main(args):
     with Interruptions(accelerator) as interruptions:
         # the reference first, so that it never shares the memory with the optimizer's state
         reference = ReferenceFile(args.out, len(order), args.reference is None, accelerator)
+        model = optimizer = None
         if not reference.exists():
             model, optimizer = prepare(args.reference or args.model)
             check_pairs(model, pairs)
             compute_reference(model, reference, batch_at, ids_at, args.micro_batch, interruptions)
-            del model, optimizer
-            accelerator.free_memory()
         reference_logps = reference.load()  # (visits, 2, 2)
-        model, optimizer = prepare(args.model)
+        if model is None or args.reference:
+            model = optimizer = None
+            accelerator.free_memory()
+            model, optimizer = prepare(args.model)
 
         scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * steps), steps)
         state = State(args.out, model.net, optimizer, scheduler, accelerator)

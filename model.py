@@ -27,7 +27,7 @@ from hermesflow.sampling import (Generated, TextRequest, maskgit_decode, random_
 from hermesflow.showo import Pack, Segment, Showo, answer_segment, build_showo, image_segment, pack
 
 IMAGE_TOKENS_AT_ONCE = 4096  # decoded in one forward pass: enough to fill a processor
-PIXELS_AT_ONCE = 4 * 512 * 512  # through the image tokenizer, whose memory is large
+PIXELS_AT_ONCE = 2 * 512 * 512  # through the image tokenizer: 0.7 GB each, more is no faster
 
 
 class LogProbs(NamedTuple):

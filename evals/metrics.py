@@ -159,7 +159,10 @@ def finished_table(out: Path) -> str:
     metrics = read_object(out / "metrics.json")
     if "benchmark" in metrics:
         return flat_table(metrics.pop("benchmark"), metrics)
-    return table({out.name: metrics})
+    try:
+        return table({out.name: metrics})
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{out / 'metrics.json'}: not the metrics of an evaluation") from None
 
 
 def flat_table(name: str, metrics: dict) -> str:

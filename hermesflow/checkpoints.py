@@ -9,6 +9,7 @@ import os
 import reprlib
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -272,13 +273,10 @@ def phi_config(folder, name: str) -> PhiConfig:
     path = find_file(folder, Path(name).name)
     if path is None and Path(name).name == "phi-1_5":
         return PhiConfig()
-    try:
+    with suppress(InputError):  # raised where it is neither a folder nor on the hub
         path = path or (name if os.path.isfile(name) else find_file(name, "config.json"))
-    except InputError:  # neither a folder nor on the hub
-        pass
     if path is None:
-        name = SHORT.repr(name)
-        raise InputError(f"{where}: field 'llm_model_path': no Phi configuration at {name}")
+        refuse(where, "llm_model_path", "the place of a Phi configuration", name)
     return read_phi(path)
 
 
@@ -306,18 +304,15 @@ def read_phi(path) -> PhiConfig:
         rope |= {name: value[name] for name in ROPE_FIELDS if name in value}
     check_fields(rope, ROPE_FIELDS, path)
 
-    width = sizes["hidden_size"]
-    heads = sizes["num_attention_heads"]
-    if width % heads:
-        refuse(path, "hidden_size", f"a multiple of the {heads} attention heads", width)
-    groups = sizes["num_key_value_heads"]
-    if heads % groups:
-        refuse(path, "num_key_value_heads", f"a divisor of the {heads} attention heads", groups)
-    factor = rope["partial_rotary_factor"]
-    rotated = int(width // heads * factor)  # dimensions of a head, which turn in pairs
+    for field, part in (("hidden_size", "num_attention_heads"),
+                        ("num_attention_heads", "num_key_value_heads")):
+        if sizes[field] % sizes[part]:
+            refuse(path, field, f"a multiple of '{part}' {sizes[part]}", sizes[field])
+    head = sizes["hidden_size"] // sizes["num_attention_heads"]
+    rotated = int(head * rope["partial_rotary_factor"])  # dimensions, which turn in pairs
     if rotated < 2 or rotated % 2:
-        wanted = f"such that an even number of {width // heads} dimensions is rotated"
-        refuse(path, "partial_rotary_factor", wanted, factor)
+        wanted = f"such that an even number of {head} dimensions is rotated"
+        refuse(path, "partial_rotary_factor", wanted, rope["partial_rotary_factor"])
     return PhiConfig(**sizes, rope_parameters={"rope_type": "default", **rope})
 
 
@@ -333,11 +328,11 @@ def phi_fields(phi: PhiConfig) -> dict:
 
 def load_tokenizer(folder):
     """The text tokenizer. Raises InputError unless it has a token for both ends of a text."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        message = f"{folder}: cannot load the text tokenizer ({reason(error)})"
-        raise InputError(message) from None
+    path = find_file(folder, "tokenizer_config.json")
+    config = read_object(path) if path else {}
+    if config.get("model_max_length") is not None:  # the one number, which transformers does not look at
+        check_fields(config, {"model_max_length": (float, 1e31)}, path)
+    tokenizer = load_hf(AutoTokenizer, folder)
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise InputError(f"{folder}: the text tokenizer has no {name} (tokenizer_config.json)")

@@ -1,5 +1,7 @@
 """Homologous inputs from the files that people have: our JSONL, the original's JSON."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,17 +55,44 @@ def read_questions(path, ids: set[str], records_path,
 
 
 def read_array(path) -> list[tuple]:
-    """(where, value, position) of every element of a JSON array."""
-    value = parse_json(read_text(path), str(path))
+    """(where, value, position) of every element of a JSON array.
+
+    The original's programs write objects with a comma behind each, and no brackets.
+    """
+    text = read_text(path)
+    try:
+        value = parse_json(text, str(path))
+    except InputError:
+        value = objects_of(text)
+        if not value:
+            raise
     if not isinstance(value, list):
         raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
     return [(f"{path}: record {n}", v, n) for n, v in enumerate(value, 1)]
 
 
+def objects_of(text: str) -> list | None:
+    """JSON objects between commas, perhaps in brackets; None if there is anything else."""
+    text = re.sub(r"^\s*\[|\]\s*$", "", text)
+    values = []
+    place = 0
+    while text[place:].strip(", \n\r\t"):
+        place = re.compile(r"[\s,]*").match(text, place).end()
+        try:
+            value, place = json.JSONDecoder(parse_constant=float).raw_decode(text, place)
+        except (ValueError, RecursionError):
+            return None
+        values.append(value)
+    return values
+
+
 def original_record(value, where: str) -> Record:
-    """A record of the original: its image is named img_path, its id may be a number."""
+    """A record of the original: its image is named img_path, its id may be a number.
+
+    It draws the caption; its `prompt` is what the image was once made from, by another model.
+    """
     if isinstance(value, dict):
-        value = {**value, "image": value.get("image", value.get("img_path"))}
+        value = {**value, "image": value.get("image", value.get("img_path")), "prompt": ""}
         if type(value.get("id")) is int:
             value["id"] = str(value["id"])
     return parse_record(Record, value, where)

@@ -43,7 +43,8 @@ def number_type(convert, low, high, what: str):
         # a comparison with NaN is false
         if not low <= value <= high:
             upto = " or more" if value < low and high >= 2**31 - 1 else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} should be {low:g}{upto}")
+            least = "above 0" if 0 < low < 1e-300 else f"{low:g}"
+            raise argparse.ArgumentTypeError(f"{text} should be {least}{upto}")
         return value
 
     return parse

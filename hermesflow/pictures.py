@@ -2,17 +2,19 @@
 
 import math
 import textwrap
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from hermesflow.files import InputError, atomic, require_regular
 from hermesflow.records import Record, vqa_question
 
 LINE = 14  # height of a line in the default font
 LETTER = 6  # its width, about
+SRGB = ImageCms.createProfile("sRGB")
 
 
 def load_image(path, size: int) -> torch.Tensor:
@@ -24,10 +26,9 @@ def load_image(path, size: int) -> torch.Tensor:
     try:
         require_regular(path)
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            image = image.convert("RGB")
+            image = to_srgb(upright(file))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, … for broken files
         raise InputError(f"{path}: cannot read image: {error}") from None
     short, long = sorted(image.size)
@@ -40,6 +41,32 @@ def load_image(path, size: int) -> torch.Tensor:
     top = round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy(pixels / 255).permute(2, 0, 1) * 2 - 1  # (3, size, size)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; as it is, if they are broken."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever the broken bytes look like to a parser
+        return image
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as a viewer shows it: 16 bits scaled, a colour profile converted to sRGB."""
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        message = f"a picture of 32-bit numbers (mode {image.mode}) has no known range"
+        raise InputError(f"{message}; save it with 8 or 16 bits")
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        if "sRGB" in profile.profile.profile_description:
+            return image.convert("RGB")
+        source = image.convert(mode)
+        return ImageCms.profileToProfile(source, profile, SRGB, outputMode="RGB")
+    except (KeyError, OSError, TypeError, ImageCms.PyCMSError):  # none, or a broken one
+        return image.convert("RGB")
 
 
 def record_image(model, record: Record) -> torch.Tensor:

@@ -183,6 +183,11 @@ def check_question(q: Question, where: str) -> None:
     asked = repr(q.question[:40])
     if not q.choices:
         raise InputError(f"{where}: field 'choices' is empty: {asked}")
+    if not all(c.strip() for c in q.choices):
+        raise InputError(f"{where}: field 'choices' holds an empty one: {asked}")
+    alike = [c for c in q.choices if c.strip().lower() == q.answer.strip().lower()]
+    if q.answer not in q.choices and alike:
+        q.answer = alike[0]  # "Yes" is the choice "yes"
     if q.answer not in q.choices:
         answer = repr(q.answer[:40])
         raise InputError(f"{where}: field 'answer': {answer} is not among the choices of {asked}")

@@ -1,7 +1,7 @@
 """Scores: how near a caption is to the truth, which choice an answer means, and TIFA's questions.
 
 A caption scorer is a function (captions, ground truth) -> scores, an answer matcher a function
-(answer, choices) -> the choice it means. Put your own beside those of `caption_scorer` and
+(answer, choices) -> the choice it means, or NOTHING. Put your own beside those of `caption_scorer` and
 `answer_matcher`.
 """
 
@@ -47,14 +47,23 @@ def caption_f1(a: str, b: str) -> float:
     return f1([*a, *zip(a, a[1:])], [*b, *zip(b, b[1:])])
 
 
+NOTHING = ""  # the choice that an answer means which matches none
+
+
 def nearest_text(answer: str, choices: list[str]) -> str:
-    """The choice with the most words in common; among those, the most similar spelling."""
+    """The choice with the most words in common; among those, the most similar spelling.
+
+    NOTHING, if they have no word in common. A number is a word: "12" is not "1".
+    """
+    if answer in choices:
+        return answer
 
     def similarity(choice):
         spelling = difflib.SequenceMatcher(None, answer.lower(), choice.lower()).ratio()
         return token_f1(answer, choice), spelling
 
-    return max(choices, key=similarity)
+    best = max(choices, key=similarity)
+    return best if token_f1(answer, best) > 0 else NOTHING
 
 
 class SentenceEncoder:
@@ -106,7 +115,9 @@ def answer_matcher(name: str, device):
         return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
 
     def match(answer: str, choices: list[str]) -> str:
-        return answer if answer in choices else nearest(answer, tuple(choices))
+        if answer in choices:
+            return answer
+        return nearest(answer, tuple(choices)) if words(answer) else NOTHING
 
     return match
 
@@ -150,6 +161,9 @@ def parse_questions(response: str) -> list[Question]:
             choices = [c for c in value.split(", ") if c]
         elif key == "A":
             if element and question and choices and value:
+                # "Yes" is the choice "yes"
+                same = [c for c in choices if words(c) == words(value)]
+                value = same[0] if same and value not in choices else value
                 if value not in choices:
                     choices = [*choices, value]
                 questions.append(Question(question, choices, value, element))

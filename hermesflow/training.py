@@ -66,8 +66,8 @@ def cut(visits: range, size: int) -> list[range]:
 class Interruptions:
     """SIGINT and SIGTERM end a run between two steps, when all processes know of one.
 
-    Before there are steps, and for the second time, they end a process at once. Launchers repeat
-    the first one: it counts for a second.
+    While models are loaded, and for the second time, they end a process at once. A launcher may
+    repeat the first one: within a second, that is no other one.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -75,6 +75,7 @@ class Interruptions:
         self.waits = False  # for the end of a step
         self.received = 0  # the number of the signal
         self.since = 0.0
+        self.message = ""
         self.before = {}
 
     def __enter__(self):
@@ -85,12 +86,16 @@ class Interruptions:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.message and self.accelerator.is_main_process:
+            print(self.message, file=sys.stderr, flush=True)  # below the bar, which has closed
 
     def note(self, number: int, _frame) -> None:
-        if self.waits and not self.received:
+        if not self.received:
             self.received = number
             self.since = time.monotonic()
-        elif not self.received or time.monotonic() - self.since > 1:
+            if not self.waits:
+                self.end(number, "between two steps")
+        elif time.monotonic() - self.since > 1:
             self.__exit__()
             signal.raise_signal(number)
 
@@ -105,9 +110,7 @@ class Interruptions:
         """End this process as a shell expects it of one that a signal ended."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self.accelerator.is_main_process:
-            message = f"interrupted {when}; the same command continues from here"
-            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        self.message = f"error: interrupted {when}; the same command continues from here"
         sys.exit(128 + number)
 
 
@@ -126,6 +129,7 @@ class ReferenceFile:
         self.visits = visits
         self.own = own  # of the policy that training starts from
         self.accelerator = accelerator
+        self.parts = None
         self.pending = []
         self.flushed = time.monotonic()
 
@@ -184,6 +188,7 @@ class ReferenceFile:
 
     def save(self) -> None:
         """Put together what all processes have found."""
+        self.parts = None  # which closes its file
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             logps = torch.zeros(self.visits, 2, 2)

@@ -21,11 +21,13 @@ for line in (ROOT / "configs" / "fsdp.yaml").read_text().splitlines():
         os.environ[RENAMED.get(name, name)] = value.strip()
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 
+sys.path.insert(0, str(ROOT))
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-PartialState(cpu=True)
+from hermesflow.runs import PATIENCE
+
+PartialState(cpu=True, timeout=PATIENCE)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-sys.path.insert(0, str(ROOT))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

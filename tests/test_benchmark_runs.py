@@ -1033,8 +1033,8 @@ def test_report_without_rounds(finished):
 
 def test_report_of_a_single_step(finished):
     """After one step, all margins and changes are 0: their chart is flat."""
-    keys = lines(finished / "round1" / "train" / "train.jsonl")[0]
-    put_lines(finished / "round1" / "train" / "train.jsonl", [{**dict.fromkeys(keys, 0.0), "step": 0}])
+    file = finished / "round1" / "train" / "train.jsonl"
+    put_lines(file, [{**dict.fromkeys(lines(file)[0], 0.0), "step": 0}])
     page = reported(finished)
     assert page.count("<svg") == page.count("</svg>") == 1 + 3 and "nan" not in page
 

@@ -18,20 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from bench import kills
 from conftest import GOLDEN, main, stage
 from hermesflow.files import InputError
 from hermesflow.pictures import load_image
-from hermesflow.records import Record, read_jsonl, read_records
-from hermesflow.runs import run_main
+from hermesflow.inputs import read_records
+from hermesflow.jsonl import read_jsonl
+from hermesflow.outputs import run_main
+from hermesflow.records import Pair, Record, Sample
 from hermesflow.showo import Tokens
+from hermesflow.tables import tensors_of, write_table
 from model import load, save
 from tiny import tiny_model
 
 sample = stage("01_sample")
 score = stage("02_score")
 dpo = stage("03_pair_dpo")
-FINAL = ("samples.jsonl", "samples.safetensors", "pairs.jsonl", "checkpoint", "metrics.json",
-         "answers.jsonl")
+FINAL = ("samples.jsonl", "samples-00000.safetensors", "pairs.jsonl", "pairs-00000.safetensors",
+         "checkpoint", "metrics.json", "answers.jsonl", "answers-00000.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +288,8 @@ def test_bad_image(tmp_path, base, capsys, name):
     assert f"{tmp_path}/1.png" in message
     main(*sampling(tmp_path, base, records))
     assert "1 bad records skipped" in capsys.readouterr().out
-    assert list(load_file(tmp_path / "out" / "samples.safetensors"))
-    assert len(read_jsonl(tmp_path / "out" / "samples.jsonl", Record)) == 1
+    samples = read_jsonl(tmp_path / "out" / "samples.jsonl", Sample)
+    assert samples.ids == ["a"] and sorted(tensors_of(samples[0])) == ["captions", "image", "images"]
 
 
 def rotated(path):
@@ -488,15 +492,34 @@ BAD_CHECKPOINTS = {  # what is done to a good one -> what the message must name
     "other text size": (configured(llm_vocab_size=1000), "'llm_vocab_size'"),
     "text instead of a number": (configured(codebook_size="32"), "'codebook_size'"),
     "no image size": (configured(num_vq_tokens="gone"), "'num_vq_tokens'"),
+    "images that are no square": (configured(num_vq_tokens=15), "'num_vq_tokens'"),
+    "no images": (configured(num_vq_tokens=0), "'num_vq_tokens'"),
+    "no rotation": (configured("phi_config.json", rope_theta=0), "'rope_theta'"),
+    "scaled rotation": (
+        configured("phi_config.json", rope_scaling={"type": "linear", "factor": 2}),
+        "'rope_scaling'"),
+    "NaN in a config": (configured("phi_config.json", layer_norm_eps=float("nan")), "phi_config"),
+    "text instead of a width": (configured("phi_config.json", hidden_size="32"), "'hidden_size'"),
+    "heads that do not divide": (
+        configured("phi_config.json", num_attention_heads=3), "'hidden_size'"),
+    "unknown activation": (configured("phi_config.json", hidden_act="swoosh"), "'hidden_act'"),
     "another width": (configured("phi_config.json", hidden_size=64), "wrong shape"),
     "more layers": (configured("phi_config.json", num_hidden_layers=3), "missing"),
     "fewer layers": (configured("phi_config.json", num_hidden_layers=1), "unexpected"),
     "larger tokenizer": (replace_tokenizer, "'llm_vocab_size'"),
+    "no beginning of texts": (removed("tokenizer/tokenizer_config.json"), "no bos_token"),
+    "no end of texts": (configured("tokenizer/tokenizer_config.json", eos_token="gone"),
+                        "no eos_token"),
     "broken tokenizer": (text_instead("tokenizer/tokenizer.json", "{"), "tokenizer"),
     "image tokenizer truncated": (truncated(f"magvitv2/{WEIGHTS}", 99), "magvitv2"),
     "image tokenizer NaN": (
         edited(lambda w: w["decoder.conv_in.weight"].fill_(torch.nan), f"magvitv2/{WEIGHTS}"),
         "decoder.conv_in"),
+    "image tokenizer of no bits": (configured("magvitv2/config.json", bits=0), "'bits'"),
+    "image tokenizer of text": (configured("magvitv2/config.json", decoder_mult="1"),
+                                "'decoder_mult'"),
+    "image tokenizer of a level less": (
+        configured("magvitv2/config.json", encoder_blocks=[0, 0, 0, 1]), "'encoder_blocks' 4"),
     "image tokenizer of other bits": (configured("magvitv2/config.json", bits=6), "magvitv2"),
 }
 
@@ -532,38 +555,76 @@ def handed(tmp_path_factory, base):
     main(*sampling(folder, base, folder / "records.jsonl", "--images", 4, "--captions", 4,
                    "--caption-settings", "0:3.0"))
     (folder / "out").rename(folder / "samples")
-    tensors = load_file(folder / "samples" / "samples.safetensors")
-    pair = dict(
+    sampled = read_jsonl(folder / "samples" / "samples.jsonl", Sample)[0]
+    tensors = tensors_of(sampled)
+    pair = Pair(
         id="r0",
-        image="0.png",
+        image=sampled.image,
         caption="blue",
         prompt="",
-        image_codes=tensors["r0/image"].tolist(),
         win_caption="a",
         lose_caption="b",
-        win_caption_ids=[3],
-        lose_caption_ids=[4],
         win_caption_score=1.0,
         lose_caption_score=0.0,
-        win_image_codes=tensors["r0/images"][0].tolist(),
-        lose_image_codes=tensors["r0/images"][1].tolist(),
         win_image_score=1.0,
         lose_image_score=0.0,
-        win_image_wrong=[],
-        lose_image_wrong=[],
+        win_image_wrong="",
+        lose_image_wrong="",
     )
-    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    tokens = {
+        "image": tensors["image"],
+        "win_image": tensors["images"][0],
+        "lose_image": tensors["images"][1],
+        "win_caption": torch.tensor([3]),
+        "lose_caption": torch.tensor([4]),
+    }
+    write_table(folder / "pairs.jsonl", [(pair, tokens)])
     return folder
 
 
-CODES = "samples/samples.safetensors"
+CODES = "samples/samples-00000.safetensors"
 LINES = "samples/samples.jsonl"
+PAIR_CODES = "pairs-00000.safetensors"
 
 
-def without_r1(tensors):
-    for name in list(tensors):
-        if name.startswith("r1"):
-            del tensors[name]
+def cut(name, *index):
+    """A change that keeps a part of a tensor."""
+    return lambda tensors: tensors.update({name: tensors[name][index].clone()})
+
+
+def one_row(tensors):
+    for name in tensors:
+        tensors[name] = tensors[name][:1].clone()
+
+
+def swapped(tensors):
+    for name in tensors:
+        tensors[name] = tensors[name].flip(0).clone()
+
+
+def one_bit(tensors):
+    tensors["images"][1, 3, 15] ^= 1
+
+
+def filled(name, value):
+    return lambda tensors: tensors[name].fill_(value)
+
+
+def fields(**changes):
+    """Changes fields of every line; "gone" removes one; a function changes a value."""
+
+    def change(text):
+        lines = []
+        for line in text.splitlines():
+            record = json.loads(line)
+            for name, value in changes.items():
+                record[name] = value(record[name]) if callable(value) else value
+                if value == "gone":
+                    del record[name]
+            lines.append(json.dumps(record))
+        return "\n".join(lines)
+
+    return change
 
 
 def relined(name, change):
@@ -576,32 +637,47 @@ def relined(name, change):
     return harm
 
 
-def shortened(name, *index):
-    """A change that keeps a part of a tensor."""
-    return lambda tensors: tensors.update({name: tensors[name][index].clone()})
-
-
 def first_line_twice(text):
     first = text.split("\n")[0]
     return first + "\n" + first
 
 
 BAD_SAMPLES = {
-    "no codes file": (removed(CODES), "samples.safetensors"),
-    "truncated codes": (truncated(CODES, 300), "samples.safetensors"),
-    "stale codes": (edited(without_r1, CODES), "'r1'"),
-    "no captions": (edited(lambda t: t.pop("r0/captions"), CODES), "'captions' for id 'r0'"),
-    "other number of captions": (edited(shortened("r0/captions", slice(2)), CODES), "'r0'"),
-    "codes of another model": (edited(lambda t: t["r0/images"].fill_(4000), CODES), "'r0'"),
-    "negative codes": (edited(lambda t: t["r0/images"].fill_(-1), CODES), "'r0'"),
-    "shorter images": (edited(shortened("r0/images", slice(None), slice(9)), CODES), "'r0'"),
-    "tokens outside": (edited(lambda t: t["r0/captions"].fill_(99_999), CODES), "'r0'"),
+    "no codes file": (removed(CODES), CODES),
+    "truncated codes": (truncated(CODES, 300), CODES),
+    "codes of nothing": (truncated(CODES, 0), CODES),
+    "stale codes": (edited(one_row, CODES), "row 1 (id 'r1'): cannot read"),
+    "codes of others": (edited(swapped, CODES), "row 0 (id 'r0'): not the tensors of this record"),
+    "one bit": (edited(one_bit, CODES), "row 1 (id 'r1'): not the tensors of this record"),
+    "no captions": (edited(lambda t: t.pop("captions"), CODES), "no tensor 'captions'"),
+    "other number of captions": (edited(cut("captions", slice(None), slice(2)), CODES),
+                                 "row 0 (id 'r0'): not the tensors of this record"),
+    "codes of another model": (edited(filled("images", 4000), CODES),
+                               "'images' should be 16 codes below 32"),
+    "image of another model": (edited(filled("image", 32), CODES),
+                               "'image' should be 16 codes below 32"),
+    "negative codes": (edited(filled("images", -1), CODES), "'images' should be 16 codes below 32"),
+    "shorter images": (edited(cut("images", ..., slice(9)), CODES),
+                       "'images' should be 16 codes below 32"),
+    "tokens outside": (edited(filled("captions", 99_999), CODES),
+                       "'captions': a token is outside the vocabulary"),
+    "other lines": (relined(LINES, fields(row=lambda row: 1 - row)),
+                    "row 1 (id 'r0'): not the tensors of this record"),
+    "lines without codes": (relined(LINES, fields(shard="gone")), LINES),
+    "codes elsewhere": (relined(LINES, fields(shard="../samples/samples-00000.safetensors")), ""),
+    "fewer captions": (relined(LINES, fields(captions=lambda texts: texts[:2])), "'r0'"),
+    "more captions": (relined(LINES, fields(captions=lambda texts: texts * 2)), "'r0'"),
     "torn line": (relined(LINES, lambda t: t[:-20]), "line 2"),
     "no lines": (relined(LINES, lambda t: ""), "no records"),
     "the same line": (relined(LINES, first_line_twice), "twice"),
     "previous of others": (relined("pairs.jsonl", lambda t: t.replace('"r0"', '"r9"')),
                            "'r9' is not among the samples"),
     "previous torn": (relined("pairs.jsonl", lambda t: t[:100]), "pairs.jsonl: line 1"),
+    "previous without codes": (removed(PAIR_CODES), PAIR_CODES),
+    "previous of another model": (edited(filled("lose_image", 99), PAIR_CODES),
+                                  "'lose_image' should be 16 codes below 32"),
+    "previous changed": (edited(filled("win_caption", 4), PAIR_CODES),
+                         "row 0 (id 'r0'): not the tensors of this record"),
 }
 
 
@@ -619,13 +695,26 @@ def test_bad_samples(tmp_path, base, handed, capsys, name):
 BAD_PAIRS = {
     "torn": (relined("pairs.jsonl", lambda t: t[:-30]), "line 1"),
     "empty": (relined("pairs.jsonl", lambda t: ""), "no records"),
-    "short codes": (configured("pairs.jsonl", win_image_codes=[1, 2]), "'win_image_codes'"),
-    "codes too high": (configured("pairs.jsonl", image_codes=[32] * 16), "'image_codes'"),
-    "negative codes": (configured("pairs.jsonl", lose_image_codes=[-1] * 16),
-                       "'lose_image_codes'"),
-    "tokens outside": (configured("pairs.jsonl", win_caption_ids=[10**6]), "'win_caption_ids'"),
-    "negative tokens": (configured("pairs.jsonl", lose_caption_ids=[-5]), "'lose_caption_ids'"),
-    "code fractions": (configured("pairs.jsonl", image_codes=[0.5] * 16), "'image_codes'"),
+    "short codes": (edited(cut("win_image", ..., slice(2)), PAIR_CODES),
+                    "'win_image' should be 16 codes below 32"),
+    "codes too high": (edited(filled("image", 32), PAIR_CODES),
+                       "'image' should be 16 codes below 32"),
+    "negative codes": (edited(filled("lose_image", -1), PAIR_CODES),
+                       "'lose_image' should be 16 codes below 32"),
+    "tokens outside": (edited(filled("win_caption", 10**6), PAIR_CODES),
+                       "'win_caption': a token is outside the vocabulary"),
+    "negative tokens": (edited(filled("lose_caption", -5), PAIR_CODES),
+                        "'lose_caption': a token is outside the vocabulary"),
+    "code fractions": (edited(lambda t: t.update(image=torch.full((1, 16), 0.5)), PAIR_CODES),
+                       "row 0 (id 'r0'): not the tensors of this record"),
+    "other codes": (edited(filled("win_image", 7), PAIR_CODES),
+                    "row 0 (id 'r0'): not the tensors of this record"),
+    "no codes": (removed(PAIR_CODES), "No such file"),
+    "cut codes": (truncated(PAIR_CODES, 200), "cannot read"),
+    "no tokens": (edited(lambda t: t.pop("lose_caption"), PAIR_CODES),
+                  "no tensor 'lose_caption'"),
+    "row outside": (configured("pairs.jsonl", row=1), "row 1 (id 'r0'): cannot read"),
+    "row text": (configured("pairs.jsonl", row="0"), "'row'"),
     "score text": (configured("pairs.jsonl", win_image_score="1"), "'win_image_score'"),
     "twice": (relined("pairs.jsonl", lambda t: t + t), "twice"),
 }
@@ -639,7 +728,92 @@ def test_bad_pairs(tmp_path, base, handed, capsys, name):
     harm(tmp_path / "in")
     message = refusal(capsys, dpo, "--model", base, "--pairs", tmp_path / "in" / "pairs.jsonl",
                       *TRAINING, "--out", tmp_path / "out")
-    assert named in message and "pairs.jsonl" in message
+    assert named in message and str(tmp_path / "in" / "pairs") in message
+
+
+# ------------------------------------------------------------------------------------- named pipes
+
+
+def ends(name: str, log, *arguments) -> tuple[int, str]:
+    """Exit code and output of a stage that must not wait for a named pipe."""
+    process = kills.start(name, arguments, log)
+    process.join(100)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        pytest.fail(f"{name} waits for a named pipe: {log.read_text()}")
+    return process.exitcode, log.read_text()
+
+
+def piped(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def test_an_image_that_is_a_named_pipe_is_skipped(tmp_path, base):
+    picture(tmp_path / "0.png")
+    piped(tmp_path / "1.png")
+    (tmp_path / "records.jsonl").write_bytes(GOOD + b"\n" + line(image="1.png"))
+    command = sampling(tmp_path, base, tmp_path / "records.jsonl")[1:]
+    code, text = ends("01_sample", tmp_path / "log", *command, "--strict")
+    why = f"{tmp_path / '1.png'}: cannot read image: not a regular file"
+    assert (code, text.splitlines()[-1]) == (2, f"error: {why}")
+    for _ in range(2):  # and when it is complete
+        code, text = ends("01_sample", tmp_path / "log", *command)
+        assert code == 0, text
+        assert (tmp_path / "out" / "skipped.txt").read_text() == f"{why}\n"
+        assert read_jsonl(tmp_path / "out" / "samples.jsonl", Sample).ids == ["a"]
+    assert f"{tmp_path / 'out' / 'samples.jsonl'} is complete" in text
+
+
+PIPES = {  # stage, the file that is a pipe
+    "records": ("01_sample", "records.jsonl"),
+    "original records": ("01_sample", "initial_data.json"),
+    "questions": ("01_sample", "vqa_data.json"),
+    "samples": ("02_score", LINES),
+    "codes": ("02_score", CODES),
+    "previous": ("02_score", "pairs.jsonl"),
+    "previous codes": ("02_score", PAIR_CODES),
+    "pairs": ("03_pair_dpo", "pairs.jsonl"),
+    "pair codes": ("03_pair_dpo", PAIR_CODES),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_an_input_that_is_a_named_pipe_is_one_line(tmp_path, base, handed, name):
+    stage_name, file = PIPES[name]
+    folder = tmp_path / "in"
+    shutil.copytree(handed, folder)
+    (folder / "initial_data.json").write_text(json.dumps(ONE_RECORD))
+    (folder / "vqa_data.json").write_text("[]")
+    piped(folder / file)
+    records = folder / ("records.jsonl" if name == "records" else "initial_data.json")
+    commands = {
+        "01_sample": sampling(tmp_path, base, records, "--questions", folder / "vqa_data.json")[1:],
+        "02_score": ("--model", base, "--samples", folder / "samples", "--out", tmp_path / "out",
+                     "--previous", folder / "pairs.jsonl"),
+        "03_pair_dpo": ("--model", base, "--pairs", folder / "pairs.jsonl", *TRAINING,
+                        "--out", tmp_path / "out"),
+    }
+    code, text = ends(stage_name, tmp_path / "log", *commands[stage_name])
+    last = text.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "Traceback" not in text
+    assert str(folder / file) in last and "not a regular file" in last
+    assert not any((tmp_path / "out" / name).exists() for name in FINAL)
+
+
+def test_samples_that_become_a_named_pipe(tmp_path, base, handed):
+    """A rerun compares the content of what it had read."""
+    shutil.copytree(handed, tmp_path / "in")
+    relined(LINES, fields(captions=["blue", "red", "", "big"]))(tmp_path / "in")  # so that one wins
+    command = ("--model", base, "--samples", tmp_path / "in" / "samples", "--out", tmp_path / "out",
+               "--image-scorer", "likelihood", "--min-image-score", -1)
+    code, text = ends("02_score", tmp_path / "log", *command)
+    assert code == 0, text
+    piped(tmp_path / "in" / LINES)
+    code, text = ends("02_score", tmp_path / "log", *command)
+    assert code == 2 and text.startswith("error: ") and len(text.splitlines()) == 1
+    assert str(tmp_path / "in" / LINES) in text and "not a regular file" in text
 
 
 def test_no_pairs_says_why(tmp_path, base, handed, capsys):

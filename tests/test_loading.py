@@ -5,7 +5,10 @@ Whatever is broken gives one clear line.
 
 import dataclasses
 import json
+import os
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub.constants
@@ -18,7 +21,8 @@ from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 import model as wrapper
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
+from hermesflow import checkpoints
 from hermesflow.checkpoints import load_weights, phi_config
 from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
@@ -265,6 +269,133 @@ def test_flags_come_before_the_checkpoints_own_tokenizers(published, tiny, tmp_p
     assert "llm_vocab_size" in message
 
 
+# ----------------------------------------------------------------------- layouts of older programs
+
+
+def with_frequencies(weights: dict) -> dict:
+    """The constants that transformers saved beside the weights until 2023."""
+    frequencies = {f"showo.model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((3,), 9.0)
+                   for i in range(2)}
+    return weights | frequencies
+
+
+def wrapped(weights: dict) -> dict:
+    """The names of DistributedDataParallel."""
+    return {f"module.{name}": value for name, value in weights.items()}
+
+
+OLD = {
+    "frequencies": with_frequencies,
+    "module prefix": wrapped,
+    "both": lambda weights: wrapped(with_frequencies(weights)),
+}
+
+
+@pytest.mark.parametrize("layout", WRITE)
+@pytest.mark.parametrize("old", OLD)
+def test_old_names(published, tiny, layout, old):
+    WRITE[layout](published.showo, OLD[old](published.weights))
+    assert_same(published.load(), tiny)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("names", [dict, wrapped])
+def test_state_of_a_training_program(published, tiny, new_format, names):
+    for folder, weights in ((published.showo, published.weights),
+                            (published.vq, tiny.vq.state_dict())):
+        content = {"epoch": 3, "state_dict": names(weights), "optimizer": {"lr": [1e-4]}}
+        write_bin(folder, content, new_format)
+    assert_same(published.load(), tiny)
+
+
+def test_other_names_are_still_checked(published):
+    """A prefix before some names only is not one of a wrapper; other buffers are not constants."""
+    head = published.weights.pop("showo.lm_head.bias")
+    published.weights |= {"module.showo.lm_head.bias": head, "showo.inv_frequency": head}
+    WRITE["bin"](published.showo, published.weights)
+    message = error(published.load)
+    assert "missing: showo.lm_head.bias;" in message
+    assert "unexpected: module.showo.lm_head.bias, showo.inv_frequency" in message
+
+
+# ----------------------------------------------------------------------------- one tensor at a time
+
+
+@pytest.mark.parametrize("layout", WRITE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_are_opened_again_and_let_go(published, tiny, monkeypatch, layout, dtype):
+    """Every few bytes; the weights are the same, and no longer those of the file."""
+    monkeypatch.setattr(checkpoints, "READ_AT_ONCE", 1)
+    opened = []
+
+    def recorded(file, original=checkpoints.read_tensors):
+        opened.append(file)
+        return original(file)
+
+    monkeypatch.setattr(checkpoints, "read_tensors", recorded)
+    WRITE[layout](published.showo, published.weights)
+    net = build_showo(published.config, PhiConfig.from_dict(PHI), word_tokenizer())
+    checkpoints.load_checkpoint(net, published.showo, dtype)
+    files = sorted(set(opened))
+    tensors = len(published.weights)
+    assert len(files) == (3 if layout.startswith("sharded") else 1)
+    if layout == "old bin":  # read whole: once for the names, once for the values
+        assert opened.count(files[0]) == 2
+    else:
+        assert sum(opened.count(f) for f in files) == tensors + len(files)
+    for file in files:  # to zeros, in place: what is mapped would change
+        with open(file, "r+b") as content:
+            content.write(bytes(os.path.getsize(file)))
+    for name, value in net.state_dict().items():
+        wanted = tiny.net.state_dict()[name].to(dtype)
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0)
+
+
+MEMORY = """
+import re
+import sys
+
+import torch
+
+from hermesflow import checkpoints
+
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return int(re.search(field + r":\\s+(\\d+)", file.read())[1]) / 1024
+
+
+with torch.device("meta"):
+    module = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(40)])
+checkpoints.READ_AT_ONCE = 2**23
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins here
+before = status("VmRSS")
+checkpoints.load_checkpoint(module, sys.argv[1], getattr(torch, sys.argv[2]))
+stays = sum(p.nbytes for p in module.parameters()) / 2**20
+print(stays, status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures on Linux only")
+@pytest.mark.parametrize("layout, dtype, megabytes", [
+    ("bin", "bfloat16", 80), ("sharded safetensors", "float32", 160)])
+def test_loading_needs_little_more_than_what_stays(tmp_path, layout, dtype, megabytes):
+    """160 MB in a file: at its peak, loading takes 1.2 times what the weights take at last."""
+    weights = {}
+    for i in range(40):
+        weights |= {f"{i}.weight": torch.ones(1024, 1024), f"{i}.bias": torch.ones(1024)}
+    WRITE[layout](tmp_path, weights)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), dtype]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, text=True, capture_output=True, check=True, cwd=ROOT,
+                          env=environment)
+    stays, peak, after = map(float, done.stdout.split())
+    assert stays == pytest.approx(megabytes, rel=0.01)
+    assert stays < peak < 1.2 * stays
+    assert after < 1.1 * stays
+
+
 # ------------------------------------------------------------------------------- broken checkpoints
 
 
@@ -340,6 +471,80 @@ def test_code_in_a_bin_file_does_not_run(published, tmp_path):
         assert not (tmp_path / "created").exists()
 
 
+@pytest.mark.parametrize("value, dtype, works", [
+    (1e38, "float32", True),
+    (1e38, "bfloat16", True),
+    (1e38, "float16", False),
+    (-65519.0, "float16", True),  # rounds to -65504
+    (65520.0, "float16", False),
+    (-3.4e38, "float32", True),
+    (-3.4e38, "bfloat16", False),
+])
+def test_weights_that_do_not_fit_the_dtype(published, value, dtype, works):
+    name = "showo.model.layers.0.mlp.fc1.weight"
+    published.weights[name][3, 2] = value
+    WRITE["safetensors"](published.showo, published.weights)
+    folders = [str(f) for f in (published.showo, published.vq, published.text)]
+    dtype = getattr(torch, dtype)
+    if works:
+        weight = load(*folders, dtype=dtype).net.state_dict()[name]
+        assert weight[3, 2] == torch.tensor(value).to(dtype) and weight.isfinite().all()
+    else:
+        message = error(load, *folders, dtype=dtype)
+        file = published.showo / "pytorch_model.safetensors"
+        assert message == f"{file}: parameter {name} holds values that are too large for {dtype}"
+
+
+def test_double_precision_that_does_not_fit(published):
+    name = "showo.lm_head.bias"
+    published.weights[name] = published.weights[name].double()
+    published.weights[name][0] = 1e39
+    WRITE["bin"](published.showo, published.weights)
+    why = "holds values that are too large for torch.float32"
+    assert error(published.load).endswith(f"parameter {name} {why}")
+
+
+@pytest.mark.parametrize("layout", ["bin", "old bin", "safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(published, layout, value):
+    published.weights["showo.lm_head.bias"][-1] = value
+    WRITE[layout](published.showo, published.weights)
+    message = error(published.load)
+    assert message.endswith("parameter showo.lm_head.bias holds values that are not finite numbers")
+
+
+@pytest.mark.parametrize("change", [
+    lambda bias: bias.to_sparse(),
+    lambda bias: torch.quantize_per_tensor(bias, 0.1, 0, torch.quint8),
+    lambda bias: bias.to("meta"),
+    lambda bias: bias.long(),
+    lambda bias: bias.to(torch.complex64),
+    lambda bias: bias.tolist(),
+])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_of_other_kinds(published, change):
+    bias = published.weights["showo.lm_head.bias"]
+    published.weights["showo.lm_head.bias"] = change(bias)
+    WRITE["bin"](published.showo, published.weights)
+    assert str(published.showo / "pytorch_model.bin") in error(published.load)
+
+
+def test_tensors_in_another_order(published, tiny):
+    """Parameters, columns first in memory, and two that share it: all become plain and apart."""
+    weights = published.weights
+    for name in ("showo.model.layers.0.mlp.fc1.weight", "showo.model.layers.1.mlp.fc1.weight"):
+        weights[name] = torch.nn.Parameter(weights[name].T.contiguous().T)
+    norms = [name for name in weights if name.endswith("input_layernorm.bias")]
+    shared = weights[norms[0]]
+    WRITE["bin"](published.showo, weights | dict.fromkeys(norms, shared))
+    loaded = published.load().net.state_dict()
+    assert len(norms) == 2 and all(torch.equal(loaded[name], shared) for name in norms)
+    assert loaded[norms[0]].data_ptr() != loaded[norms[1]].data_ptr()
+    for name in weights.keys() - set(norms):
+        assert torch.equal(loaded[name], tiny.net.state_dict()[name])
+        assert loaded[name].is_contiguous()
+
+
 def test_shard_is_missing(published):
     WRITE["sharded bin"](published.showo, published.weights)
     (published.showo / "part-1.bin").unlink()
@@ -350,10 +555,13 @@ def test_shard_is_missing(published):
 
 @pytest.mark.parametrize("index", [
     "{}", "[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}',
-    '{"weight_map": {"a": ["b"]}}'])
+    '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": ""}}',
+    '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": "../vq/pytorch_model.bin"}}'])
 def test_broken_shard_index(published, index):
     (published.showo / "pytorch_model.bin.index.json").write_text(index)
-    assert "pytorch_model.bin.index.json" in error(published.load)
+    message = error(published.load)
+    assert "pytorch_model.bin.index.json" in message
+    assert index in ("[]", "{") or "field 'weight_map'" in message
 
 
 def test_no_weights(published):
@@ -382,12 +590,169 @@ def test_no_config(published):
     ("mask_token_id", 3),
     ("llm_model_path", 3),
     ("llm_model_path", None),
+    ("llm_model_path", "x" * 5000),
+    ("llm_model_path", "a\0b"),
+    ("num_vq_tokens", 0),
+    ("num_vq_tokens", -4),
+    ("num_vq_tokens", 5),  # no square
+    ("num_vq_tokens", [4]),
+    ("codebook_size", 10**30),
+    ("vocab_size", {"x" * 5000: 1}),
 ])
 def test_wrong_config_field(published, name, value):
     WRITE["bin"](published.showo, published.weights)
     published.change(**{name: value})
     message = error(published.load)
-    assert f"'{name}'" in message and "config.json" in message
+    assert message.startswith(f"{published.showo / 'config.json'}: field '{name}'") or (
+        name == "mask_token_id" and "'mask_token_id'" in message)
+    assert len(message) < 500
+
+
+WRONG_PHI = {
+    "hidden_size": ["16", 16.0, True, None, 0, -16, 10**12, [16], 15],  # 15: two heads
+    "intermediate_size": ["24", 0, -1, None],
+    "num_hidden_layers": [2.5, 0, -2, 10**9, None],
+    "num_attention_heads": ["2", 0, -2, False, 3, None],
+    "num_key_value_heads": ["1", 0, -1, 3],
+    "layer_norm_eps": ["1e-5", 0, -1e-5, 1e999, None, [1e-5]],
+    "hidden_act": ["swoosh", 3, None, ["relu"], ""],
+    "max_position_embeddings": ["300", 0, -1, 3.5, None],
+    "vocab_size": [0, "99", None],
+    "rope_theta": [0, -50.0, "50", None, 1e999, True],
+    "partial_rotary_factor": [0, -0.5, 1.5, "0.5", None, 0.1, 0.45],  # of 8: 0 and 3 dimensions
+    "rope_scaling": [{"factor": 2.0, "type": "linear"}, {"rope_type": "yarn"}, "linear", 2.0],
+    "rope_parameters": [{"factor": 2.0, "rope_type": "dynamic"}, [], {"rope_type": ["default"]}],
+    "model_type": ["llama", 3, None],
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in WRONG_PHI.items() for v in values])
+def test_wrong_phi_field(published, name, value):
+    file = published.showo / "phi.json"
+    text = json.dumps({**PHI, name: value}).replace("Infinity", "1e999")  # which is valid JSON
+    file.write_text(text)
+    message = error(published.load)
+    if name == "num_attention_heads" and value == 3:
+        assert message == f"{file}: field 'hidden_size' should be a multiple of " \
+                          "'num_attention_heads' 3, found 16"
+    elif name == "num_key_value_heads" and value == 3:
+        assert message == f"{file}: field 'num_attention_heads' should be a multiple of " \
+                          "'num_key_value_heads' 3, found 2"
+    else:
+        assert message.startswith(f"{file}: field '{name}' should be ")
+        assert message.endswith("found inf" if value == 1e999 else f"found {value!r}")
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": 50.0, "partial_rotary_factor": 0.75},
+    {"rope_theta": 50, "partial_rotary_factor": 0.75, "rope_scaling": None},
+    {"rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.75,
+                         "rope_type": "default"}},
+    {"rope_theta": 9.0, "rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.75}},
+])
+def test_rotary_embedding_in_every_place(published, tiny, rope):
+    """Older and newer versions of transformers write it in different fields."""
+    phi = {k: v for k, v in PHI.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    (published.showo / "phi.json").write_text(json.dumps(phi | rope))
+    WRITE["bin"](published.showo, published.weights)
+    assert_same(published.load(), tiny)
+
+
+def test_phi_config_that_leaves_fields_out(tmp_path):
+    """What is not there is as in Phi-1.5; keys and values have as many heads as queries."""
+    (tmp_path / "phi.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
+    phi = phi_config(tmp_path, "phi.json")
+    sizes = dict(hidden_size=64, intermediate_size=8192, num_hidden_layers=24,
+                 num_attention_heads=4, num_key_value_heads=4, hidden_act="gelu_new")
+    assert {k: getattr(phi, k) for k in sizes} == sizes
+    assert phi.rope_parameters["rope_theta"] == 10000.0
+    (tmp_path / "phi.json").write_text('{"num_key_value_heads": null, "head_dim": 3}')
+    assert phi_config(tmp_path, "phi.json").num_key_value_heads == 32
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_phi_config_elsewhere(tmp_path, place):
+    """llm_model_path names another folder, or a file in it."""
+    (tmp_path / "showo").mkdir()
+    (tmp_path / "phi").mkdir()
+    (tmp_path / "phi" / "config.json").write_text(json.dumps(PHI))
+    name = tmp_path / "phi" / ("config.json" if place == "file" else "")
+    (tmp_path / "showo" / "config.json").write_text("{}" if place == "folder" else json.dumps(PHI))
+    assert phi_config(tmp_path / "showo", str(name)).intermediate_size == 24
+
+
+WRONG_VQ = {
+    "ch": ["32", 32.0, 0, -32, True, None, 33, 10**9],
+    "bits": ["4", 0, -4, 4.0, 63, None],
+    "encoder_mult": [[1, 0], [1, -1], [1, 1.0], [1, "1"], [True, 1], "11", 2, None, [], {"1": 1}],
+    "encoder_blocks": [[1, -1], [1, 10**9], [[1], [1]]],
+    "decoder_mult": [[0, 1], [None, 1]],
+    "decoder_blocks": [[1, 0.5], "ab"],
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in WRONG_VQ.items() for v in values])
+def test_wrong_image_tokenizer_field(published, name, value):
+    WRITE["bin"](published.showo, published.weights)
+    config = {**dataclasses.asdict(VQ), name: value}
+    (published.vq / "config.json").write_text(json.dumps(config))
+    message = error(published.load)
+    assert message.startswith(f"{published.vq / 'config.json'}: field '{name}' should be ")
+    assert message.endswith(f"found {value!r}")
+
+
+@pytest.mark.parametrize("name", ["encoder_mult", "encoder_blocks", "decoder_mult",
+                                  "decoder_blocks"])
+def test_image_tokenizer_with_levels_of_different_number(published, name):
+    WRITE["bin"](published.showo, published.weights)
+    config = {**dataclasses.asdict(VQ), name: [1, 1, 1]}
+    (published.vq / "config.json").write_text(json.dumps(config))
+    message = error(published.load)
+    assert str(published.vq / "config.json") in message and f"'{name}' 3" in message
+    assert message.count("' 2") == 3
+
+
+@pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("null", [True, False])
+def test_text_tokenizer_without_an_end(published, missing, null):
+    WRITE["bin"](published.showo, published.weights)
+    file = published.text / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {missing: None}
+    if not null:
+        del config[missing]
+    file.write_text(json.dumps(config))
+    message = error(published.load)
+    where = f"{published.text}: the text tokenizer has no {missing}"
+    assert message == f"{where} (tokenizer_config.json)"
+
+
+@pytest.mark.parametrize("value", ["many", 0, -1, True, [12]])
+def test_wrong_length_of_the_tokenizer(published, value):
+    file = published.text / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": value}))
+    message = error(published.load)
+    assert message.startswith(f"{file}: field 'model_max_length' should be a number above 0")
+
+
+@pytest.mark.parametrize("config", [
+    "", "{", "[]", "3", "null", '{"tokenizer_class": 3}', '{"tokenizer_class": "NoTokenizer"}',
+    '{"bos_token": 3}', '{"bos_token": ["a"]}', '{"eos_token": {}}', '{"padding_side": "up"}',
+    '{"added_tokens_decoder": {"x": {}}}', '{"added_tokens_decoder": [1]}',
+    '{"model_max_length": "many"}', '{"extra_special_tokens": 3}', '{"model_input_names": 3}'])
+def test_broken_tokenizer_config(published, config):
+    """One line; a field that does not matter here may be wrong."""
+    WRITE["bin"](published.showo, published.weights)
+    file = published.text / "tokenizer_config.json"
+    good = json.loads(file.read_text())
+    if config.startswith("{") and config != "{":
+        config = json.dumps(good | json.loads(config))
+    file.write_text(config)
+    try:
+        model = published.load()
+        assert model.decode_text(model.encode_text("a big red ring")) == "a big red ring"
+    except InputError as refused:
+        assert str(refused).startswith(str(published.text)) and "\n" not in str(refused)
 
 
 def test_no_phi_config(published, monkeypatch):
@@ -418,7 +783,8 @@ def test_no_text_tokenizer(published, monkeypatch, tmp_path, empty):
     if empty:
         (tmp_path / "nothing").mkdir()
     message = error(load, published.showo, published.vq, str(tmp_path / "nothing"))
-    assert f"{tmp_path / 'nothing'}: cannot load the text tokenizer" in message
+    why = "cannot load as AutoTokenizer" if empty else "neither a folder here nor reachable"
+    assert message.startswith(f"{tmp_path / 'nothing'}: {why}")
 
 
 def test_image_tokenizer_with_other_codes(published):

@@ -6,8 +6,11 @@ Real photographs, the original's JSON, resuming, several processes, the command 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,10 +22,14 @@ from safetensors.torch import load_file
 from bench.kills import torchrun
 from conftest import ROOT, main, stage
 from evals import judges
-from hermesflow import runs
+from hermesflow import runs, tables
+from hermesflow.files import InputError
+from hermesflow.inputs import read_records
+from hermesflow.jsonl import read_jsonl, write_jsonl
 from hermesflow.pictures import to_pil
-from hermesflow.records import Pair, Sample, Score, read_jsonl
+from hermesflow.records import Pair, Sample, Score
 from hermesflow.scoring import answer_questions, nearest_text
+from hermesflow.tables import tensors_of
 from model import load, save
 from tiny import WORDS, tiny_model
 
@@ -96,6 +103,11 @@ def trained(world, paired):
     return world / "train"
 
 
+def files(folder, name: str) -> dict[str, bytes]:
+    """name.jsonl and its shards."""
+    return {p.name: p.read_bytes() for p in folder.glob(f"{name}[.-]*")}
+
+
 def read_log(folder):
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
@@ -105,21 +117,23 @@ def read_log(folder):
 
 def test_samples_are_what_was_drawn(world, sampled):
     model = load(world / "base")
-    tensors = load_file(sampled / "samples.safetensors")
     samples = read_jsonl(sampled / "samples.jsonl", Sample)
     assert [s.id for s in samples] == [str(100 + i) for i in range(6)]
+    assert [s.image for s in samples] == [str(world / f"{i}.jpg") for i in range(6)]
     for s in samples:
-        assert tensors[f"{s.id}/image"].shape == (16,)
-        assert tensors[f"{s.id}/images"].shape == (4, 16)
+        tensors = tensors_of(s)
+        assert sorted(tensors) == ["captions", "image", "images"]
+        assert tensors["image"].shape == (16,)
+        assert tensors["images"].shape == (4, 16)
         texts = []
-        for row in tensors[f"{s.id}/captions"]:
+        for row in tensors["captions"]:
             ids = row[row >= 0].tolist()  # -1 pads
             texts.append(model.decode_text(ids))
         assert texts == s.captions and len(texts) == 4
         assert len(s.questions) == 3
     picture = Image.open(sampled / "images" / "100" / "01.png")
     picture = np.asarray(picture, dtype=np.float32)  # (H, W, 3)
-    pixels = model.decode_image(tensors["100/images"][1:2].long())[0]  # (3, H, W)
+    pixels = model.decode_image(tensors_of(samples[0])["images"][1:2])[0]  # (3, H, W)
     pixels = pixels.clamp(-1, 1).permute(1, 2, 0).numpy()
     assert np.abs(picture - (pixels + 1) * 127.5).max() <= 0.51
     assert Image.open(sampled / "sheet.png").size[0] > 4 * 64
@@ -130,8 +144,8 @@ def test_samples_are_what_was_drawn(world, sampled):
 def test_samples_do_not_depend_on_the_batch(world, sampled, batch):
     out = world / f"samples-batch{batch}"
     sampling(world, out, "--batch", batch)
-    for name in ("samples.jsonl", "samples.safetensors"):
-        assert (out / name).read_bytes() == (sampled / name).read_bytes()
+    assert files(out, "samples") == files(sampled, "samples")
+    assert sorted(files(out, "samples")) == ["samples-00000.safetensors", "samples.jsonl"]
 
 
 def test_interrupted_sampling_continues(world, sampled, monkeypatch):
@@ -151,16 +165,41 @@ def test_interrupted_sampling_continues(world, sampled, monkeypatch):
     sampling(world, out, "--batch", 2)
     # nothing twice but what was cut
     assert calls == [["100", "101"], ["102", "103"], ["104", "105"], ["104", "105"]]
-    file = "samples.safetensors"
-    assert (out / file).read_bytes() == (sampled / file).read_bytes()
+    assert files(out, "samples") == files(sampled, "samples")
+
+
+def test_shards_do_not_depend_on_the_batch(world, sampled, paired, monkeypatch):
+    """Several files of a record or two each: the same records, and the same from there on."""
+    monkeypatch.setattr(tables, "SHARD_BYTES", 256)
+    made = []
+    for batch in (1, 4):
+        samples = world / f"samples-shards{batch}"
+        pairs = world / f"pairs-shards{batch}"
+        sampling(world, samples, "--batch", batch)
+        scoring(world, samples, pairs, "--batch", batch)
+        made.append({**files(samples, "samples"), **files(pairs, "pairs")})
+    assert made[0] == made[1]
+    assert {"samples-00005.safetensors", "pairs-00001.safetensors"} < made[0].keys()
+    assert (pairs / "scores.jsonl").read_bytes() == (paired / "scores.jsonl").read_bytes()
+
+    for folder, name, kind, whole in ((samples, "samples.jsonl", Sample, sampled),
+                                      (pairs, "pairs.jsonl", Pair, paired)):
+        for ours, theirs in zip(read_jsonl(folder / name, kind), read_jsonl(whole / name, kind),
+                                strict=True):
+            place = {"shard": "", "row": 0}
+            assert replace(ours, **place) == replace(theirs, **place)  # and the digest is the same
+            expected = tensors_of(theirs)
+            tensors = tensors_of(ours)
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_other_rounds_and_seeds_give_other_samples(world, sampled):
     sampling(world, world / "samples-round2", "--round", 2)
-    first = load_file(sampled / "samples.safetensors")
-    second = load_file(world / "samples-round2" / "samples.safetensors")
-    assert torch.equal(first["100/image"], second["100/image"])
-    assert not torch.equal(first["100/images"], second["100/images"])
+    first = tensors_of(read_jsonl(sampled / "samples.jsonl", Sample)[0])
+    second = tensors_of(read_jsonl(world / "samples-round2" / "samples.jsonl", Sample)[0])
+    assert torch.equal(first["image"], second["image"])
+    assert not torch.equal(first["images"], second["images"])
 
 
 def run(*command) -> subprocess.CompletedProcess:
@@ -192,31 +231,36 @@ pathlib.Path({str(tmp_path)!r}, name).touch()
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_sample_and_score_the_same(world, sampled, paired, processes):
-    out = world / f"{processes}-processes"
+    samples = world / f"samples-{processes}-processes"
+    pairs = world / f"pairs-{processes}-processes"
     done = launch(processes, "01_sample.py", *input_of(world), *SAMPLING,
-                  "--out", out / "samples", "--batch", 1)
+                  "--out", samples, "--batch", 1)
     assert "sample: 100%" in done.stderr and " 6/6 " in done.stderr  # one bar for all
-    file = "samples.safetensors"
-    assert (out / "samples" / file).read_bytes() == (sampled / file).read_bytes()
+    assert files(samples, "samples") == files(sampled, "samples")
     launch(processes, "02_score.py", "--model", world / "base", "--samples", sampled,
-           "--out", out / "pairs", *SCORING)
-    file = "pairs.jsonl"
-    assert (out / "pairs" / file).read_bytes() == (paired / file).read_bytes()
+           "--out", pairs, *SCORING)
+    assert files(pairs, "pairs") == files(paired, "pairs")
+    assert files(pairs, "scores") == files(paired, "scores")
 
 
-def test_the_bar_counts_the_work_of_all_processes(tmp_path):
-    records = [SimpleNamespace(id=str(i)) for i in range(5)]
-    chunks = [records[0::2], records[1::2]]  # those of two processes
-    sizes = {runs.part_name(chunk): len(chunk) for chunk in chunks}
-    (tmp_path / "another.jsonl").touch()  # of an earlier run, which had other chunks
-    with runs.tqdm(total=5, disable=True) as bar:
-        counts = []
-        bar.update = counts.append  # the bar itself stays at 0
-        runs.show_progress(bar, tmp_path, sizes)
-        for name in sizes:
-            (tmp_path / name).touch()
-            runs.show_progress(bar, tmp_path, sizes)
-    assert counts == [0, 3, 5]
+def test_the_bar_counts_the_work_of_all_processes(tmp_path, monkeypatch, capsys):
+    """The main process shows what all do, and not what an earlier run has done."""
+    two = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True,
+                          wait_for_everyone=lambda: None)
+    monkeypatch.setattr(runs, "processes", lambda: two)
+    records = [SimpleNamespace(id=str(i)) for i in range(10)]
+    chunks = []
+
+    def work(chunk):
+        chunks.append([r.id for r in chunk])
+        return [{"id": r.id} for r in chunk]
+
+    runs.map_records(work, records[:4], tmp_path, 1, "draw")
+    assert chunks == [["0"], ["2"]] and " 4/4 " in capsys.readouterr().err
+    runs.map_records(work, records, tmp_path, 3, "draw")  # 1 and 3 are still to do
+    assert chunks[2:] == [["1", "4", "6"], ["8"]]
+    printed = capsys.readouterr().err
+    assert "draw: 100%" in printed and " 8/8 " in printed
 
 
 def test_several_processes_train_the_same(world, paired):
@@ -258,7 +302,7 @@ def test_try_by_eye(world, capsys):
 
 
 def test_pairs_are_the_best_and_the_worst(sampled, paired):
-    tensors = load_file(sampled / "samples.safetensors")
+    samples = {s.id: s for s in read_jsonl(sampled / "samples.jsonl", Sample)}
     scores = {s.id: s for s in read_jsonl(paired / "scores.jsonl", Score)}
     pairs = {p.id: p for p in read_jsonl(paired / "pairs.jsonl", Pair)}
     assert len(scores) == 6 and len(pairs) >= 2
@@ -268,16 +312,27 @@ def test_pairs_are_the_best_and_the_worst(sampled, paired):
         assert p.win_image_score == max(s.image_scores) > p.lose_image_score == min(s.image_scores)
         assert p.win_caption_score == max(s.caption_scores)
         assert p.lose_caption_score == min(s.caption_scores) < p.win_caption_score
-        images = tensors[f"{p.id}/images"]  # (K, N)
-        assert p.win_image_codes == images[int(np.argmax(s.image_scores))].tolist()
-        assert p.lose_image_codes == images[int(np.argmin(s.image_scores))].tolist()
-        ids = tensors[f"{p.id}/captions"][int(np.argmax(s.caption_scores))]
-        assert p.win_caption_ids == ids[ids >= 0].tolist()
+        drawn = tensors_of(samples[p.id])
+        tokens = tensors_of(p)
+        images = drawn["images"]  # (K, N)
+        best = int(np.argmax(s.image_scores))
+        worst = int(np.argmin(s.image_scores))
+        assert torch.equal(tokens["image"], drawn["image"])
+        assert torch.equal(tokens["win_image"], images[best])
+        assert torch.equal(tokens["lose_image"], images[worst])
+        for name, k in (("win_caption", int(np.argmax(s.caption_scores))),
+                        ("lose_caption", int(np.argmin(s.caption_scores)))):
+            ids = drawn["captions"][k]
+            assert torch.equal(tokens[name], ids[ids >= 0])
+            assert getattr(p, name) == samples[p.id].captions[k]
+        for wrong, k in ((p.win_image_wrong, best), (p.lose_image_wrong, worst)):
+            asked = zip(s.questions, s.correct[k])
+            assert wrong == "\n".join(q.question for q, right in asked if not right)
     for s in scores.values():
         shares = []
-        for answers in s.answers:
-            correct = [nearest_text(a, q.choices) == q.answer
-                       for a, q in zip(answers, s.questions)]
+        for answers, correct in zip(s.answers, s.correct, strict=True):
+            assert correct == [nearest_text(a, q.choices) == q.answer
+                               for a, q in zip(answers, s.questions)]
             shares.append(np.mean(correct))
         assert s.image_scores == shares
 
@@ -286,9 +341,10 @@ def test_reencoded_scores(world, sampled):
     """--reencode judges the decoded picture: codes that are decoded and encoded by hand."""
     scoring(world, sampled, world / "seen", "--reencode")
     model = load(world / "base")
-    tensors = load_file(sampled / "samples.safetensors")
-    for s in read_jsonl(world / "seen" / "scores.jsonl", Score):
-        pictures = to_pil(model.decode_image(tensors[f"{s.id}/images"].long()))
+    samples = read_jsonl(sampled / "samples.jsonl", Sample)
+    scores = read_jsonl(world / "seen" / "scores.jsonl", Score)
+    for drawn, s in zip(samples, scores, strict=True):
+        pictures = to_pil(model.decode_image(tensors_of(drawn)["images"]))
         pixels = torch.stack([torch.from_numpy(np.array(p)) for p in pictures])  # (K, H, W, 3)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         codes = model.encode_image(pixels)
@@ -303,10 +359,288 @@ def test_second_round_meets_the_first(world, sampled, paired):
     assert any(p.id in before for p in after)
     for p in after:
         if old := before.get(p.id):
-            beaten = p.win_caption_score > old.win_caption_score
-            assert p.lose_caption_ids == (old.win_caption_ids if beaten else old.lose_caption_ids)
-            beaten = p.win_image_score > old.win_image_score
-            assert p.lose_image_codes == (old.win_image_codes if beaten else old.lose_image_codes)
+            tokens = tensors_of(p)
+            old_tokens = tensors_of(old)
+            for kind in ("caption", "image"):
+                beaten = getattr(p, f"win_{kind}_score") > getattr(old, f"win_{kind}_score")
+                opponent = f"win_{kind}" if beaten else f"lose_{kind}"
+                assert torch.equal(tokens[f"lose_{kind}"], old_tokens[opponent])
+            assert torch.equal(tokens["image"], old_tokens["image"])  # the record's own
+
+
+# ---------------------------------------------------------------- made again from what is there
+
+
+def no_work(*_):
+    raise AssertionError("nothing is to be sampled or scored again")
+
+
+def with_records(world, folder, count: int, change=lambda records: records):
+    """The first records of the world in folder/records.jsonl."""
+    original = (world / "initial_data.json", world / "vqa_data.json")
+    records = list(read_records(*original))[:count]
+    write_jsonl(folder / "records.jsonl", change(records))
+    return ("--records", folder / "records.jsonl", "--model", world / "base", *SAMPLING,
+            "--batch", 2, "--out", folder / "samples")
+
+
+def everything(folder) -> dict[str, bytes]:
+    """All results in an output folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not name.startswith((".run", "settings.json")):
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 2 * 4 * (16 + 4 * 16)], ids=["one shard", "shards"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut"])
+def test_growing_equals_all_at_once(world, tmp_path, monkeypatch, capsys, finished, shard_bytes):
+    """Four records and then six are six records, byte for byte, and none is done twice."""
+    if shard_bytes:
+        monkeypatch.setattr(tables, "SHARD_BYTES", shard_bytes)
+    whole = tmp_path / "whole"
+    main(sample, *with_records(world, whole, 6))
+    scoring(world, whole / "samples", whole / "pairs")
+
+    drawn = []
+    scored = []
+    real_draw = sample.sample_images
+    real_score = score.score_records
+
+    def draw(model, chunk, *settings):
+        drawn.extend(r.id for r in chunk)
+        if len(drawn) == 4 and not finished:
+            raise KeyboardInterrupt
+        return real_draw(model, chunk, *settings)
+
+    def score_records(model, chunk, *settings):
+        scored.extend(s.id for s in chunk)
+        if len(scored) == 4 and not finished:
+            raise KeyboardInterrupt
+        return real_score(model, chunk, *settings)
+
+    monkeypatch.setattr(sample, "sample_images", draw)
+    monkeypatch.setattr(score, "score_records", score_records)
+    grown = tmp_path / "grown"
+    stopped = pytest.raises(KeyboardInterrupt) if not finished else nullcontext()
+    with stopped:
+        main(sample, *with_records(world, grown, 4))
+    samples = grown / "samples"
+    first = with_records(world, grown, 6)
+    main(sample, *first)
+    if finished:
+        assert drawn == ["100", "101", "102", "103", "104", "105"]
+        assert f"{samples}: made again from its results: records: 4 -> 6" in capsys.readouterr().out
+    else:
+        assert drawn == ["100", "101", "102", "103", "102", "103", "104", "105"]
+    assert everything(samples) == everything(whole / "samples")
+
+    # the samples of four, and then those of six
+    part = grown / "part"
+    shutil.copytree(samples, part)
+    lines = (part / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (part / "samples.jsonl").write_bytes(b"".join(lines[:4]))
+    with stopped:
+        scoring(world, part, grown / "pairs")
+    (part / "samples.jsonl").write_bytes(b"".join(lines))
+    capsys.readouterr()
+    scoring(world, part, grown / "pairs")
+    if finished:
+        assert scored == ["100", "101", "102", "103", "104", "105"]
+        assert "pairs: made again from its results: samples: 4 -> 6" in capsys.readouterr().out
+    else:
+        assert scored == ["100", "101", "102", "103", "103", "104", "105"]
+    assert everything(grown / "pairs") == everything(whole / "pairs")
+
+    # and then nothing is left to do
+    monkeypatch.setattr(sample, "sample_images", no_work)
+    monkeypatch.setattr(score, "score_records", no_work)
+    capsys.readouterr()
+    main(sample, *first)
+    scoring(world, part, grown / "pairs")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{samples / 'samples.jsonl'} is complete", f"{grown / 'pairs' / 'pairs.jsonl'} is complete"]
+
+
+def test_growing_with_a_record_that_is_skipped(world, tmp_path):
+    def without_image(records):
+        records[1] = replace(records[1], image=str(tmp_path / "missing.png"))
+        return records
+
+    main(sample, *with_records(world, tmp_path / "whole", 6, without_image))
+    for count in (3, 6):
+        main(sample, *with_records(world, tmp_path / "grown", count, without_image))
+    whole = everything(tmp_path / "whole" / "samples")
+    assert everything(tmp_path / "grown" / "samples") == whole
+    assert b"missing.png" in whole["skipped.txt"] and whole["skipped.txt"].count(b"\n") == 1
+    ids = [json.loads(line)["id"] for line in whole["samples.jsonl"].splitlines()]
+    assert ids == ["100", "102", "103", "104", "105"]
+
+
+def caption_of_first(records):
+    return [replace(records[0], caption="blue"), *records[1:]]
+
+
+def prompt_of_last(records):
+    return [*records[:-1], replace(records[-1], prompt="blue")]
+
+
+def question_of_first(records):
+    asked = [replace(records[0].questions[0], answer="give ring"), *records[0].questions[1:]]
+    return [replace(records[0], questions=asked), *records[1:]]
+
+
+def image_of_first(records):
+    return [replace(records[0], image=records[1].image), *records[1:]]
+
+
+@pytest.mark.parametrize("count, change", [
+    (6, caption_of_first), (4, caption_of_first), (4, prompt_of_last), (6, question_of_first),
+    (6, image_of_first), (3, list), (6, lambda records: records[::-1]),
+    (6, lambda records: records[1:]), (4, lambda records: [records[1], records[0], *records[2:]])])
+def test_other_records_are_refused(world, tmp_path, four, count, change):
+    """What was made of four records goes on with more behind them, and with no others."""
+    folder, before, pairs_before = four
+    with pytest.raises(InputError) as refused:
+        main(sample, *with_records(world, folder, count, change))
+    assert str(refused.value).startswith(
+        f"{folder / 'samples'}: made with other settings (content of --records)")
+    assert everything(folder / "samples") == before
+    samples = folder / "samples" / "samples.jsonl"
+    lines = before["samples.jsonl"].splitlines(keepends=True)
+    other = [lines[0].replace(b"user assistant", b"assistant user"), *lines[1:]]
+    try:
+        for text in (other, lines[:3], lines[::-1]):
+            samples.write_bytes(b"".join(text))
+            with pytest.raises(InputError, match=r"other settings \(content of --samples\)"):
+                scoring(world, folder / "samples", folder / "pairs")
+            assert everything(folder / "pairs") == pairs_before
+    finally:
+        samples.write_bytes(before["samples.jsonl"])
+
+
+@pytest.fixture(scope="module")
+def four(world):
+    """A folder with samples and pairs of four records, and what is in them."""
+    folder = world / "four"
+    main(sample, *with_records(world, folder, 4))
+    scoring(world, folder / "samples", folder / "pairs")
+    return folder, everything(folder / "samples"), everything(folder / "pairs")
+
+
+def test_more_pictures_are_made_of_the_same_samples(world, tmp_path, monkeypatch, capsys):
+    arguments = with_records(world, tmp_path, 6)
+    main(sample, *arguments)
+    scoring(world, tmp_path / "samples", tmp_path / "pairs", "--show", 1)
+    samples = everything(tmp_path / "samples")
+    pairs = everything(tmp_path / "pairs")
+    pictures = {f"images/{100 + i}/{k:02d}.png" for i in range(2) for k in range(4)}
+    assert samples.keys() - files(tmp_path / "samples", "samples") == pictures | {"sheet.png"}
+
+    for name in ("sample_captions", "sample_images"):
+        monkeypatch.setattr(sample, name, no_work)
+    monkeypatch.setattr(score, "score_records", no_work)
+    main(sample, *arguments, "--show", 3)
+    assert f"{tmp_path / 'samples'}: made again from its results: show" in capsys.readouterr().out
+    more = everything(tmp_path / "samples")
+    assert more.keys() - samples.keys() == {f"images/102/{k:02d}.png" for k in range(4)}
+    assert {name for name in samples if more[name] != samples[name]} == {"sheet.png"}
+
+    scoring(world, tmp_path / "samples", tmp_path / "pairs", "--show", 2)
+    more = everything(tmp_path / "pairs")
+    second = [p.id for p in read_jsonl(tmp_path / "pairs" / "pairs.jsonl", Pair)][1]
+    assert more.keys() - pairs.keys() == {f"images/{second}-{n}.png"
+                                          for n in ("real", "win", "lose")}
+    assert {name for name in pairs if more[name] != pairs[name]} == {"pairs.png"}
+
+
+def test_pairs_are_made_again_without_scoring(world, sampled, paired, tmp_path, monkeypatch):
+    """--min-image-score and --previous choose among scores that are there."""
+    second = world / "samples-again"
+    sampling(world, second, "--round", 2)
+    choices = {
+        "higher": ("--min-image-score", 0.5),
+        "previous": ("--previous", paired / "pairs.jsonl"),
+        "both": ("--min-image-score", 0.5, "--previous", paired / "pairs.jsonl"),
+        "first": (),
+    }
+    expected = {}
+    for name, options in choices.items():
+        scoring(world, second, tmp_path / name, *options)
+        expected[name] = everything(tmp_path / name)
+    assert len({e["pairs.jsonl"] for e in expected.values()}) == len(choices)
+    monkeypatch.setattr(score, "score_records", no_work)
+    for name in [*choices, "higher"]:
+        scoring(world, second, tmp_path / "first", *choices[name])
+        made = everything(tmp_path / "first")
+        for file in ("scores.jsonl", "pairs.jsonl", "pairs-00000.safetensors", "pairs.png"):
+            assert made[file] == expected[name][file], (name, file)
+
+
+def test_no_pairs_and_then_some(world, sampled, tmp_path, monkeypatch):
+    """Scores outlive a bar that no record reaches."""
+    with pytest.raises(InputError, match="no pairs to train on"):
+        scoring(world, sampled, tmp_path / "pairs", "--min-image-score", 1)
+    assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
+    monkeypatch.setattr(score, "score_records", no_work)
+    scoring(world, sampled, tmp_path / "pairs")
+    ids = [s.id for s in read_jsonl(tmp_path / "pairs" / "scores.jsonl", Score) if not s.dropped]
+    assert [p.id for p in read_jsonl(tmp_path / "pairs" / "pairs.jsonl", Pair)] == ids != []
+    with pytest.raises(InputError, match="no pairs to train on"):
+        scoring(world, sampled, tmp_path / "pairs", "--min-image-score", 1)
+    with pytest.raises(InputError, match="no pairs to train on"):  # and does not seem complete
+        scoring(world, sampled, tmp_path / "pairs", "--min-image-score", 1)
+
+
+@pytest.mark.parametrize("bad", ["words", "codes"])
+def test_a_model_whose_logits_are_nan(world, sampled, paired, monkeypatch, bad):
+    """Each stage ends in the same line, as often as it is run; a sound model goes on."""
+    model = load(world / "base")
+    tokens = model.tokens
+    head = model.net.showo.lm_head.weight
+    with torch.no_grad():
+        head[tokens.first_code + 1 if bad == "codes" else 3, 0] = torch.nan
+    runs = {sample: (world / f"samples-nan-{bad}", lambda out: sampling(world, out)),
+            score: (world / f"pairs-nan-{bad}", lambda out: scoring(world, sampled, out))}
+    real = {module: module.load_from for module in runs}
+    for module, (out, run_stage) in runs.items():
+        monkeypatch.setattr(module, "load_from", lambda args: model)
+        messages = []
+        for _ in range(2):
+            with pytest.raises(InputError) as ended:
+                run_stage(out)
+            messages.append(str(ended.value))
+        assert messages[0] == messages[1] and "\n" not in messages[0]
+        assert "the model gives NaN or infinite logits" in messages[0]
+        assert [p.name for p in (out / "parts").rglob("*.log") if p.stat().st_size] == []
+        assert not list(out.glob("*.jsonl"))
+        monkeypatch.setattr(module, "load_from", real[module])
+        run_stage(out)
+    assert files(runs[sample][0], "samples") == files(sampled, "samples")
+    assert files(runs[score][0], "pairs") == files(paired, "pairs")
+
+
+def test_moved_outputs_are_read_from_where_they_are(world, sampled, tmp_path):
+    """The whole tree is moved between the stages: no path in it is absolute."""
+    before = tmp_path / "before"
+    before.mkdir()
+    for name in ("initial_data.json", "vqa_data.json", *(f"{i}.jpg" for i in range(6))):
+        shutil.copy(world / name, before / name)
+    shutil.copytree(world / "base", before / "base")
+    sampling(before, before / "runs" / "samples")
+    assert str(tmp_path) not in (before / "runs" / "samples" / "samples.jsonl").read_text()
+    after = tmp_path / "after"
+    before.rename(after)
+    samples = read_jsonl(after / "runs" / "samples" / "samples.jsonl", Sample)
+    assert [s.image for s in samples] == [str(after / f"{i}.jpg") for i in range(6)]
+    scoring(after, after / "runs" / "samples", after / "runs" / "pairs")
+    text = (after / "runs" / "pairs" / "pairs.jsonl").read_text()
+    assert str(tmp_path) not in text
+    pairs = read_jsonl(after / "runs" / "pairs" / "pairs.jsonl", Pair)
+    assert all(p.image == str(after / f"{int(p.id) - 100}.jpg") for p in pairs)
+    sampling(after, after / "runs" / "samples")  # nothing is left to do: the same content
 
 
 # ----------------------------------------------------------------------------------------------- 03
@@ -420,10 +754,10 @@ def test_masks_and_drops_are_shared_and_seeded(world, paired):
         assert segments(epoch) == [text, win, lose]
         dropped += text == tokens.t2i_prompt("")
     assert 3 < dropped < 17
-    order = dpo.training_order(pairs, 5, 3, 0)
+    order = dpo.training_order(pairs, 5, 3, 0)  # (visits, 2): pair, epoch
     assert len(order) == 15
     for epoch in range(15 // len(pairs)):
-        assert sorted(v.pair.id for v in order if v.epoch == epoch) == sorted(p.id for p in pairs)
+        assert sorted(i for i, e in order.tolist() if e == epoch) == list(range(len(pairs)))
 
 
 @pytest.mark.filterwarnings("error")
@@ -455,7 +789,10 @@ def test_evaluation(world, trained, monkeypatch):
             return all(correct)
 
     monkeypatch.setattr(judges, "ModelJudge", Left)
-    common = (*input_of(world)[:4], "--judge", "left", "--steps", 3, "--guidance", 0, "--show", 3)
+    judge = world / "judge"
+    judge.mkdir()
+    (judge / "config.json").write_text("{}")
+    common = (*input_of(world)[:4], "--judge", judge, "--steps", 3, "--guidance", 0, "--show", 3)
     out = world / "eval"
     for name, policy in (("base", world / "base"), ("round1", trained / "checkpoint")):
         main(evaluation, *common, "--model", policy, "--out", out / name)

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import sys
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -15,11 +17,14 @@ from conftest import ROOT
 from tiny import row_logps, tiny_model
 
 from bench.reference import logits_of, sequence
+from evals.metrics import EvalRecord
+from hermesflow.jsonl import read_jsonl
 from hermesflow.options import ImageSampling
-from hermesflow.records import CAPTION_QUESTION, Pair, Question, Record, Sample, Score, read_jsonl
+from hermesflow.records import CAPTION_QUESTION, Pair, Question, Record, Sample, Score
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
 from hermesflow.showo import Segment, answer_segment, image_segment
+from hermesflow.tables import tensors_of, write_table
 from toy import world
 
 sys.path.insert(0, str(ROOT / "toy" / "studies"))
@@ -48,20 +53,22 @@ def stages(model):
 
 
 @pytest.fixture(scope="module")
-def pairs(model):
+def pairs(model, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
 
     def codes():
-        return torch.randint(model.tokens.codes, (16,), generator=generator).tolist()
+        return torch.randint(model.tokens.codes, (16,), generator=generator)
 
-    pairs = []
+    rows = []
     texts = ["a big red ring", "blue square", "small ring left of a square", "square"]
     for i, text in enumerate(texts):
-        win = model.encode_text(text)
-        lose = model.encode_text("no no")
-        pairs.append(Pair(f"r-{i}", "", text, "", codes(), "", "", win, lose, 1, 0,
-                          codes(), codes(), 1, 0, [], []))
-    return pairs
+        pair = Pair(f"r-{i}", "", text, "", "", "", 1.0, 0.0, 1.0, 0.0, "", "")
+        rows.append((pair, {"image": codes(), "win_image": codes(), "lose_image": codes(),
+                            "win_caption": torch.tensor(model.encode_text(text)),
+                            "lose_caption": torch.tensor(model.encode_text("no no"))}))
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_table(file, rows)
+    return read_jsonl(file, Pair)
 
 
 def make_batch(stages, model, pairs, dropout=0.5):
@@ -133,27 +140,38 @@ def test_misaligned_join(stages):
     samples = [Sample(f"preference-0-{i:05d}", "", "") for i in (1, 2, 10)]
     scores = []
     for i, s in enumerate(samples):
-        scores.append(Score(s.id, [Question(s.id, ["a"], "a")], [float(i)], [float(i)], [[]]))
+        scores.append(Score(s.id, [Question(s.id, ["a"], "a")], [float(i)], [float(i)], [[]],
+                            [[i == 2]]))
     stages["02"]["make_pairs"] = lambda samples, scores: scores
     switches.misaligned_join(stages)
-    joined = stages["02"]["make_pairs"](samples, scores)
+    joined = stages["02"]["make_pairs"](samples, iter(scores))
     assert [s.id for s in joined] == [s.id for s in samples]
     assert [s.image_scores for s in joined] == [[0.0], [2.0], [1.0]]
+    assert [s.correct for s in joined] == [[[False]], [[True]], [[False]]]
     assert [s.caption_scores for s in joined] == [[0.0], [1.0], [2.0]]
 
 
-def test_independent_shuffling(stages, pairs):
-    homologous = stages["03"]["training_order"](pairs, 6, 4, 0)
+def test_independent_shuffling(stages, model, pairs):
+    """The text half is as before; the image half is that of another record's visit."""
+    stage = stages["03"]
+    order = stage["training_order"](pairs, 6, 4, 0)  # (24, 2)
+    gen_order = stage["training_order"](pairs, 6, 4, stable_seed(0, "generation"))
+
+    def batch(places):
+        visits = [stage["Visit"](pairs[i], epoch) for i, epoch in places.tolist()]
+        return stage["make_batch"](model, visits, SEED, 0.5, 0.0)
+
+    text, _ = batch(order)
+    _, image = batch(gen_order)
     switches.independent_shuffling(stages)
-    apart = stages["03"]["training_order"](pairs, 6, 4, 0)
-    for a, h in zip(apart, homologous, strict=True):
-        assert a.pair.image_codes == h.pair.image_codes
-        assert a.pair.win_caption_ids == h.pair.win_caption_ids
-        assert a.epoch == h.epoch
-    by_text = {p.caption: p for p in pairs}
-    for a in apart:  # text and images stay together
-        assert a.pair.win_image_codes == by_text[a.pair.caption].win_image_codes
-    together = [a.pair.image_codes == by_text[a.pair.caption].image_codes for a in apart]
+    assert torch.equal(stage["training_order"](pairs, 6, 4, 0), order)
+    text_apart, image_apart = batch(order)
+    assert torch.equal(text_apart.images, text.images)
+    assert text_apart.responses == text.responses
+    assert image_apart.prompts == image.prompts
+    assert torch.equal(image_apart.images, image.images)
+    assert torch.equal(image_apart.masks, image.masks)
+    together = (order[:, 0] == gen_order[:, 0]).tolist()
     assert 0 < sum(together) < len(together)
 
 
@@ -203,12 +221,13 @@ def test_masks(stages, model, pairs):
     assert (gen.counts == 8).all()
     expected = []
     for p in pairs:
+        tensors = tensors_of(p)
         prefix = Segment(model.tokens.t2i_prompt(p.caption))
         mask = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 0))
         mean = torch.zeros(2)
         for m in (mask, ~mask):
-            images = [image_segment(model.tokens, codes, m.tolist())
-                      for codes in (p.win_image_codes, p.lose_image_codes)]
+            images = [image_segment(model.tokens, codes.tolist(), m.tolist())
+                      for codes in (tensors["win_image"], tensors["lose_image"])]
             with torch.no_grad():
                 sums, _ = row_logps(model.net, [[prefix, *images]])
             mean += sums[0, 1:] / 2
@@ -236,15 +255,18 @@ def test_label_smoothing(stages):
     ("caption_gap", "0.3", False), ("codes", "2", True), ("codes", "3", False),
 ])
 def test_filters(stages, what, least, kept):
-    pair = Pair("a", "", "", "", [], "", "", [], [], 0.75, 0.5,
-                [1, 2, 3], [1, 5, 6], 1.0, 0.5, [], [])
-    stages["02"]["curate"] = lambda *_: pair
+    pair = Pair("a", "", "", "", "", "", 0.75, 0.5, 1.0, 0.5, "", "")
+    tokens = {"win_image": torch.tensor([1, 2, 3]), "lose_image": torch.tensor([1, 5, 6])}
+    stages["02"]["curate"] = lambda *_: (pair, tokens)
     switches.filtered(stages, what, least)
-    expected = pair if kept else f"filtered: {what} below {float(least)}"
+    expected = (pair, tokens) if kept else f"filtered: {what} below {float(least)}"
     assert stages["02"]["curate"]() == expected
+    stages["02"]["curate"] = lambda *_: "images: all equal"
+    switches.filtered(stages, what, least)
+    assert stages["02"]["curate"]() == "images: all equal"
 
 
-def test_chosen_by_oracle(stages):
+def test_chosen_by_oracle(stages, tmp_path):
     """A drawing of exactly the caption's scene has score 1; any mistake gives 0. The rest stays."""
     one, two, other = (np.full((4, 4), world.EMPTY) for _ in range(3))
     one[1, 2] = two[1, 2] = two[3, 3] = world.NAMES["big red ring"]
@@ -262,12 +284,13 @@ def test_chosen_by_oracle(stages):
     assert rights == [1, 0, 0]
     assert shares[0] == 1 > shares[2]
 
-    scores = dict(id="a", image_scores=[0.1, 0.9, 0.5], caption_scores=[1.0])
-    stages["02"]["score_records"] = lambda *_: [scores]
+    score = Score("a", [], [1.0], [0.1, 0.9, 0.5], [], [])
+    stages["02"]["score_records"] = lambda *_: [score]
     switches.chosen_by_oracle(stages)
-    tensors = {"a/images": torch.tensor([[2], [0], [1]])}
-    scored = stages["02"]["score_records"](painter, [sample], tensors)
-    assert scored == [dict(id="a", image_scores=[0, 1, 0], caption_scores=[1.0])]
+    write_table(tmp_path / "samples.jsonl", [(sample, {"images": torch.tensor([[2], [0], [1]])})])
+    samples = read_jsonl(tmp_path / "samples.jsonl", Sample)
+    scored = stages["02"]["score_records"](painter, samples)
+    assert scored == [Score("a", [], [1.0], [0, 1, 0], [], [])]
 
 
 def test_a_half_of_weight_zero_takes_no_part(stages, pairs):
@@ -322,15 +345,42 @@ def test_fault(cells, kind):
     assert loop.fault(grid, caption) == kind
 
 
+def test_faults_are_those_of_the_drawn_codes(tmp_path, monkeypatch):
+    """Drawings are read from the codes beside answers.jsonl; right ones are no faults."""
+    grids = [np.full((4, 4), world.EMPTY) for _ in range(3)]
+    grids[1][1, 2] = world.NAMES["big blue ring"]
+    grids[2][1, 2] = world.NAMES["big red ring"]
+    pictures = np.stack([world.render(g) for g in grids])
+
+    def decode_image(codes):
+        pixels = torch.from_numpy(pictures[codes[:, 0].numpy()])
+        return pixels.permute(0, 3, 1, 2) / 127.5 - 1
+
+    monkeypatch.setattr(loop, "load", lambda name: SimpleNamespace(decode_image=decode_image))
+    rows = []
+    for i in range(3):
+        row = EvalRecord(str(i), "", "a big red ring", [], "", 0.5, [], [], [], [], i == 2)
+        rows.append((row, {"codes": torch.tensor([i])}))
+    write_table(tmp_path / "answers.jsonl", rows)
+    found = loop.faults_of("a model", list(read_jsonl(tmp_path / "answers.jsonl", EvalRecord)))
+    assert found == {"objects missing": 1, "another object": 1}
+
+
 def test_renewed_records(tmp_path, monkeypatch):
     """Rounds of n captions each together are the first records of a seed, none twice."""
     monkeypatch.setattr(loop, "RUNS", tmp_path)
+
+    def read(file) -> list[Record]:
+        """The records as they stand in the file, their images relative to it."""
+        return [replace(r, image=os.path.relpath(r.image, file.parent))
+                for r in read_jsonl(file, Record)]
+
     by_round = []
     for r in (1, 2):
-        by_round += read_jsonl(loop.records("preference", 3 * r, 0, 3 * (r - 1)), Record)
-    assert by_round == read_jsonl(loop.records("preference", 6, 0), Record)
-    unseen = read_jsonl(loop.records("eval", 12, 0, 7), Record)
-    assert unseen == read_jsonl(tmp_path / "eval-12-0" / "records.jsonl", Record)[7:]
+        by_round += read(loop.records("preference", 3 * r, 0, 3 * (r - 1)))
+    assert by_round == read(loop.records("preference", 6, 0))
+    unseen = read(loop.records("eval", 12, 0, 7))
+    assert unseen == read(tmp_path / "eval-12-0" / "records.jsonl")[7:]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -420,14 +470,14 @@ def test_agreement_with_the_oracle():
 
 
 def test_likelihood_equals_plain(model, pairs):
-    images = torch.tensor([p.win_image_codes for p in pairs])
+    images = torch.stack([tensors_of(p)["win_image"] for p in pairs])
     with torch.no_grad():
         scores = caption_likelihood(model, images, [p.caption for p in pairs])
     tokens = model.tokens
     prompt = tokens.text_prompt(CAPTION_QUESTION)
-    for score, p in zip(scores, pairs):
+    for score, p, codes in zip(scores, pairs, images.tolist()):
         caption = tokens.encode(p.caption)
-        row = [Segment(tokens.mmu_prompt(p.win_image_codes), bidirectional=True),
+        row = [Segment(tokens.mmu_prompt(codes), bidirectional=True),
                answer_segment(prompt, [*caption, tokens.eot])]
         ids, targets, attend = sequence(tokens, row, 1)
         with torch.no_grad():

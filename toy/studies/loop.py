@@ -38,6 +38,7 @@ from hermesflow.jsonl import read_jsonl
 from hermesflow.options import COUNT, SEED, stage_parser
 from hermesflow.outputs import run_main
 from hermesflow.records import Pair
+from hermesflow.tables import tensors_of
 from model import load
 from tables import RESULTS, forest, publish, tables
 from toy import world
@@ -152,7 +153,8 @@ def faults_of(model, rows: list[EvalRecord]) -> Counter:
     wrong = [r for r in rows if not r.all_right]
     if not wrong:
         return Counter()
-    grids = switches.grids(load(str(model)), torch.tensor([r.codes for r in wrong]))
+    codes = torch.stack([tensors_of(r)["codes"] for r in wrong])  # (wrong, N)
+    grids = switches.grids(load(str(model)), codes)
     return Counter(fault(grid, r.text) for grid, r in zip(grids, wrong))
 
 
@@ -173,7 +175,8 @@ def evaluate(model, seed: int, evaluation: str = "") -> dict:
         data = records("eval", 600, 0)
         options = evaluation
     options = f"--seed {seed} {DEFAULTS['EVAL']} {options}"
-    rows = read_jsonl(step("04", options, model=model, records=data) / "answers.jsonl", EvalRecord)
+    folder = step("04", options, model=model, records=data)
+    rows = list(read_jsonl(folder / "answers.jsonl", EvalRecord))
     words = [len(r.caption.split()) for r in rows]
     return {
         "understood": [sum(r.und_right) for r in rows],

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from hermesflow.pictures import to_pil
 from hermesflow.sampling import stable_seed, uniforms
+from hermesflow.tables import tensors_of
 from model import LogProbs
 from toy import world
 
@@ -87,9 +88,10 @@ def misaligned_join(stages):
     That order is 0, 1, 10, 100, 101, …
     """
     make_pairs = stages["02"]["make_pairs"]
-    of_images = ("questions", "image_scores", "answers")
+    of_images = ("questions", "image_scores", "answers", "correct")
 
     def make_misaligned_pairs(samples, scores, *arguments):
+        scores = list(scores)
         by_string = sorted(scores, key=lambda s: str(int(s.id.rpartition("-")[2])))
         misaligned = []
         for own, other in zip(scores, by_string):
@@ -104,18 +106,24 @@ def independent_shuffling(stages):
     """The two halves of a step come from different records, in two independent orders."""
     stage = stages["03"]
     training_order = stage["training_order"]
-    of_generation = ("id", "caption", "prompt", "win_image_codes", "lose_image_codes")
+    make_batch = stage["make_batch"]
+    partners = {}  # (id of the understanding half, epoch) -> pair of the generation half
 
     def two_orders(pairs, steps, batch, seed):
         und_order = training_order(pairs, steps, batch, seed)
         gen_order = training_order(pairs, steps, batch, stable_seed(seed, "generation"))
-        order = []
-        for und, gen in zip(und_order, gen_order):
-            fields = {name: getattr(gen.pair, name) for name in of_generation}
-            order.append(stage["Visit"](dataclasses.replace(und.pair, **fields), und.epoch))
-        return order
+        for (und, epoch), (gen, _) in zip(und_order.tolist(), gen_order.tolist()):
+            partners[pairs[und].id, epoch] = pairs[gen]
+        return und_order
+
+    def make_mixed_batch(model, visits, *arguments):
+        text, _ = make_batch(model, visits, *arguments)
+        others = [stage["Visit"](partners[pair.id, epoch], epoch) for pair, epoch in visits]
+        _, image = make_batch(model, others, *arguments)
+        return text, image
 
     stage["training_order"] = two_orders
+    stage["make_batch"] = make_mixed_batch
 
 
 def product_loss(stages):
@@ -161,11 +169,11 @@ def chosen_by_oracle(stages):
     """A drawing's score is 1 where the oracle finds everything right, otherwise 0."""
     score_records = stages["02"]["score_records"]
 
-    def score_by_oracle(model, samples, tensors, *arguments):
-        results = score_records(model, samples, tensors, *arguments)
-        for sample, result in zip(samples, results):
-            _, result["image_scores"] = oracle(model, sample, tensors[f"{sample.id}/images"])
-        return results
+    def score_by_oracle(model, samples, *arguments):
+        scores = score_records(model, samples, *arguments)
+        for sample, score in zip(samples, scores):
+            _, score.image_scores = oracle(model, sample, tensors_of(sample)["images"])
+        return scores
 
     stages["02"]["score_records"] = score_by_oracle
 
@@ -253,17 +261,17 @@ def filtered(stages, what, least):
     curate = stages["02"]["curate"]
     least = float(least)
 
-    def difference(pair):
+    def difference(pair, tokens):
         if what == "gap":
             return pair.win_image_score - pair.lose_image_score
         if what == "caption_gap":
             return pair.win_caption_score - pair.lose_caption_score
-        return sum(a != b for a, b in zip(pair.win_image_codes, pair.lose_image_codes))
+        return (tokens["win_image"] != tokens["lose_image"]).sum().item()
 
     def curate_some(*arguments):
-        pair = curate(*arguments)
-        if isinstance(pair, str) or difference(pair) >= least:
-            return pair
+        curated = curate(*arguments)
+        if isinstance(curated, str) or difference(*curated) >= least:
+            return curated
         return f"filtered: {what} below {least}"
 
     stages["02"]["curate"] = curate_some

@@ -96,7 +96,7 @@ from hermesflow.files import InputError, write_text
 from hermesflow.pictures import image_grid, load_image, record_image, save_picture, to_pil
 from hermesflow.records import CAPTION_QUESTION, Record, Sample, skipping
 from hermesflow.runs import Earlier, Results, map_records, prepare_output, say
-from hermesflow.sampling import ImageSampling, TextRequest, stable_seed
+from hermesflow.sampling import Generated, ImageSampling, TextRequest, stable_seed
 from hermesflow.tables import tensors_of, write_table
 from model import Model, load_from
 
@@ -104,8 +104,8 @@ from model import Model, load_from
 
 
 def sample_captions(model: Model, images, ids: list[str], count: int, settings: list[tuple],
-                    max_new_tokens: int, seed: tuple, progress=iter) -> list[list[list[int]]]:
-    """x -> n captions as token ids, for each of B images (B, N).
+                    max_new_tokens: int, seed: tuple, progress=iter) -> list[list[Generated]]:
+    """x -> n captions, for each of B images (B, N).
 
     Caption k takes decoding setting k (in turn) and its own seed from (seed, round, id, k).
     """
@@ -115,8 +115,7 @@ def sample_captions(model: Model, images, ids: list[str], count: int, settings: 
             top_k, temperature = settings[k % len(settings)]
             own_seed = stable_seed(*seed, id, "caption", k)
             requests.append(TextRequest(i, CAPTION_QUESTION, top_k, temperature, own_seed))
-    texts = model.generate_text(images, requests, max_new_tokens, progress)
-    captions = [text.ids for text in texts]
+    captions = model.generate_text(images, requests, max_new_tokens, progress)
     return [captions[i : i + count] for i in range(0, len(captions), count)]
 
 
@@ -141,7 +140,7 @@ def as_result(sample: Sample) -> dict:
     tensors = tensors_of(sample)
     captions = [[t for t in ids if t >= 0] for ids in tensors["captions"].tolist()]
     return {"id": sample.id, "image": tensors["image"].tolist(), "captions": captions,
-            "images": tensors["images"].tolist()}
+            "ended": sample.ended, "images": tensors["images"].tolist()}
 
 
 def sampled(model: Model, records: Sequence[Record], results: Results):
@@ -153,7 +152,8 @@ def sampled(model: Model, records: Sequence[Record], results: Results):
         longest = max(map(len, captions))
         padded = [ids + [-1] * (longest - len(ids)) for ids in captions]
         texts = [model.decode_text(ids) for ids in captions]
-        yield Sample(r.id, r.image, r.caption, r.prompt, r.questions, texts), {
+        ended = result["ended"]
+        yield Sample(r.id, r.image, r.caption, r.prompt, r.questions, texts, ended), {
             "image": torch.tensor(result["image"]),  # (N,)
             "images": torch.tensor(result["images"]),  # (K, N)
             "captions": torch.tensor(padded, dtype=torch.long)}  # (n, L)
@@ -172,6 +172,14 @@ def save_pictures(model: Model, samples, out: Path) -> None:
         labels.append(sample.drawing_text)
     if rows:  # not with --show 0
         save_picture(image_grid(rows, labels, 96), out / "sheet.png")
+
+
+def report_cut(model: Model, records: Sequence[Record]) -> None:
+    cut = [r.id for r in records if model.prompt_length(r.drawing_text) > model.longest_prompt]
+    if cut:
+        more = ", …" if len(cut) > 5 else ""
+        print(f"{len(cut)} texts were cut at {model.longest_prompt} tokens before they were drawn: "
+              f"{', '.join(cut[:5])}{more}")
 
 
 def report_skipped(reasons: list[str], out: Path) -> None:
@@ -213,9 +221,9 @@ def caption_image(model: Model, file: str, count: int, settings: list[tuple], ma
     tokens = partial(tqdm, desc="caption", unit="token")
     captions = sample_captions(model, codes, ["image"], count, settings, max_new_tokens, seed,
                                progress=tokens)[0]
-    for k, ids in enumerate(captions):
+    for k, caption in enumerate(captions):
         top_k, temperature = settings[k % len(settings)]
-        print(f"top-k {top_k:<3} temperature {temperature:<4} {model.decode_text(ids)}")
+        print(f"top-k {top_k:<3} temperature {temperature:<4} {model.decode_text(caption.ids)}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -257,8 +265,9 @@ def main(args):
                                        args.caption_settings, args.max_new_tokens, seed)
             images = sample_images(model, good, args.images, sampling, seed)
             for i, r in enumerate(good):
-                results.append({"id": r.id, "image": codes[i].tolist(), "captions": captions[i],
-                                "images": images[i].tolist()})
+                ids, ended = zip(*captions[i])
+                results.append({"id": r.id, "image": codes[i].tolist(), "captions": ids,
+                                "ended": ended, "images": images[i].tolist()})
         return results
 
     file = args.out / "samples.jsonl"
@@ -274,6 +283,7 @@ def main(args):
     save_pictures(model, islice(sampled(model, records, results), args.show), args.out)
     written = write_table(file, sampled(model, records, results))
     finish(output)
+    report_cut(model, records)
     counts = f"{args.captions} captions and {args.images} images each"
     print(f"{written} records, {counts}: {args.out}")
 

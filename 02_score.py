@@ -89,7 +89,7 @@ from hermesflow.pictures import save_pair_gallery
 from hermesflow.records import Pair, Question, Sample, Score, about, parse_record
 from hermesflow.runs import Earlier, map_records, prepare_output, say
 from hermesflow.scoring import (QuestionWriter, answer_matcher, answer_questions,
-                                caption_likelihood, caption_scorer, is_correct, reencode)
+                                caption_likelihood, caption_scorer, meanings, reencode)
 from hermesflow.tables import check_pairs, check_samples, tensors_of, write_table
 from model import Model, load_from
 
@@ -123,9 +123,11 @@ def score_records(model: Model, samples: list[Sample], score_captions, match, wr
                 score.image_scores = list(islice(likelihoods, K))
             elif asked:
                 score.answers = list(islice(answers, K))
-                score.correct = [is_correct(a, asked, match) for a in score.answers]
+                score.matched = [meanings(a, asked, match) for a in score.answers]
                 # Acc(x): the share of questions that are answered right
-                score.image_scores = [sum(right) / len(asked) for right in score.correct]
+                for choices in score.matched:
+                    right = sum(c == q.answer for c, q in zip(choices, asked))
+                    score.image_scores.append(right / len(asked))
             if not all(map(math.isfinite, [*score.caption_scores, *score.image_scores])):
                 raise InputError("a score is NaN or infinite")
         scores.append(score)
@@ -141,6 +143,7 @@ class Candidate(NamedTuple):
     score: float
     tokens: torch.Tensor  # caption token ids (L,), or image codes (N,)
     text: str = ""  # of a caption; of an image: the questions answered wrong, one a line
+    ended: bool = True  # of a caption: with <|eot|>
 
 
 def best_and_worst(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
@@ -179,7 +182,7 @@ def curate(sample: Sample, captions: list[Candidate], images: list[Candidate], p
         return "images: best is not better than worst"
     pair = Pair(sample.id, sample.image, sample.caption, sample.prompt, win.text, lose.text,
                 win.score, lose.score, win_image.score, lose_image.score, win_image.text,
-                lose_image.text)
+                lose_image.text, win.ended, lose.ended)
     return pair, {"win_caption": win.tokens, "lose_caption": lose.tokens,
                   "win_image": win_image.tokens, "lose_image": lose_image.tokens}
 
@@ -187,8 +190,9 @@ def curate(sample: Sample, captions: list[Candidate], images: list[Candidate], p
 def candidates_of_pair(p: Pair) -> tuple[tuple[Candidate, Candidate], tuple[Candidate, Candidate]]:
     """(win, lose) captions and (win, lose) images of the last round."""
     tensors = tensors_of(p)
-    captions = (Candidate(p.win_caption_score, tensors["win_caption"], p.win_caption),
-                Candidate(p.lose_caption_score, tensors["lose_caption"], p.lose_caption))
+    captions = (
+        Candidate(p.win_caption_score, tensors["win_caption"], p.win_caption, p.win_ended),
+        Candidate(p.lose_caption_score, tensors["lose_caption"], p.lose_caption, p.lose_ended))
     images = (Candidate(p.win_image_score, tensors["win_image"], p.win_image_wrong),
               Candidate(p.lose_image_score, tensors["lose_image"], p.lose_image_wrong))
     return captions, images
@@ -199,13 +203,14 @@ def candidates_of_sample(sample: Sample, score: Score,
     """The n captions and the K images of a record."""
     captions = []
     for k, ids in enumerate(tensors["captions"]):  # (L,), padded with -1
-        captions.append(Candidate(score.caption_scores[k], ids[ids >= 0], sample.captions[k]))
+        captions.append(Candidate(score.caption_scores[k], ids[ids >= 0], sample.captions[k],
+                                  sample.ended[k]))
     images = []
     for k, codes in enumerate(tensors["images"]):  # (N,)
         wrong = []
-        if score.correct:
-            right = zip(score.questions, score.correct[k])
-            wrong = [q.question for q, is_right in right if not is_right]
+        if score.matched:
+            meant = zip(score.questions, score.matched[k])
+            wrong = [q.question for q, choice in meant if choice != q.answer]
         images.append(Candidate(score.image_scores[k], codes, "\n".join(wrong)))
     return captions, images
 
@@ -285,6 +290,9 @@ def main(args):
     count = sum(1 for _ in pairs())
     write_jsonl(file, (replace(s, dropped=dropped.get(s.id, "")) for s in scores()))
     print(f"{len(samples)} records, {count} pairs: {args.out}")
+    cut = sum(s.ended.count(False) for s in samples)
+    if cut:
+        print(f"  {cut} captions were cut at --max-new-tokens; they are trained on without <|eot|>")
     reasons = Counter(dropped.values()).most_common()
     for reason, records in reasons:
         print(f"  dropped {records:5d}  {reason}")

@@ -186,8 +186,9 @@ def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: flo
     masks = model.training_masks(mask_seeds)  # (B, N)
     x = torch.stack([t["image"] for t in tensors])  # (B, N)
     captions = [[t["win_caption"].tolist(), t["lose_caption"].tolist()] for t in tensors]
+    ended = [[v.pair.win_ended, v.pair.lose_ended] for v in visits]
     images = [torch.stack([t["win_image"], t["lose_image"]]) for t in tensors]
-    return (TextBatch(x, [CAPTION_QUESTION] * len(visits), captions),
+    return (TextBatch(x, [CAPTION_QUESTION] * len(visits), captions, ended),
             ImageBatch(texts, torch.stack(images), masks, guidance_scale))  # (B, 2, N)
 
 

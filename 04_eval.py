@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, deciding, judging_models,
-                              note_scored_images, scored_images)
+                              note_scored_images, record_items, scored_images)
 from evals.metrics import EvalRecord, evaluate, finished_table
 from evals.official import files_below
 from hermesflow.contents import ROOT
@@ -102,14 +102,8 @@ def read_held_out(args) -> list[Record]:
     return records
 
 
-def output_of(args, records=None, writes=("answers.jsonl", "images")) -> Output:
-    """What decides the results. records: what was read of args.records, if it was."""
-    held_out = cache(lambda: records or read_held_out(args))
-
-    def contents():
-        for r in held_out():
-            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
-
+def output_of(args, writes=("answers.jsonl", "images")) -> Output:
+    """What decides the results."""
     options = {**vars(args), "images": scored_images(args.benchmark, args.out)}
     inputs = {**model_inputs(args), **judging_models(args.benchmark, options)}
     code = [__file__]
@@ -117,7 +111,7 @@ def output_of(args, records=None, writes=("answers.jsonl", "images")) -> Output:
         inputs["data"] = lambda: files_below(args.data)
         code.append(str(ROOT / "evals" / f"{args.benchmark}.py"))
     else:
-        inputs["records"] = contents
+        inputs["records"] = lambda: record_items(args.records, args.questions, args.n)
     derived = ("images",) if args.benchmark else ("show",)
     free = options.keys() - deciding(args.benchmark) - set(derived)
     return Output(args.out, "04_eval", "metrics.json", (*writes, "metrics.json"), options,
@@ -251,7 +245,7 @@ def main(args):
         subject = f"benchmark {args.benchmark} of {args.data}"
     else:
         records = read_held_out(args)
-        output = output_of(args, records)
+        output = output_of(args)
         subject = f"{len(records)} records of {args.records}, judge {args.judge}"
     if not prepare_output(output):
         return say(finished_table(args.out))

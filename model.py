@@ -38,11 +38,15 @@ class LogProbs(NamedTuple):
 
 
 class TextBatch(NamedTuple):
-    """Texts about images: for each of B images a question and S responses, as token ids."""
+    """Texts about images: for each of B images a question and S responses, as token ids.
+
+    ended: whether the response came to `<|eot|>`, which is then predicted, too [all did].
+    """
 
     images: torch.Tensor
     prompts: list[str]
     responses: list[list[list[int]]]
+    ended: list[list[bool]] | None = None
 
 
 class ImageBatch(NamedTuple):
@@ -64,6 +68,7 @@ class Model:
         self.config = net.config
         self.phi = net.showo.config
         self.image_tokens = net.tokens.image_tokens  # N
+        self.longest_prompt = net.tokens.window
         self.image_size = int(self.image_tokens**0.5) * vq.downsampling  # pixels
 
     @property
@@ -92,8 +97,8 @@ class Model:
         return self.tokens.decode(ids)
 
     def prompt_length(self, text: str) -> int:
-        """Tokens of a text to draw from; prompts of one length are drawn from together."""
-        return len(self.tokens.t2i_prompt(text))
+        """Tokens of a text to draw from; beyond `longest_prompt`, it is cut."""
+        return len(self.tokens.encode(text)) + 3  # <|t2i|> <|sot|> … <|eot|>
 
     # ------------------------------------------------------------------------------- generation
 
@@ -197,11 +202,14 @@ class Model:
     def pack_text(self, batch: TextBatch) -> Pack:
         """An image, and behind it the question with each response."""
         codes = self.codes_of(batch.images).tolist()
+        all_ended = [[True] * len(responses) for responses in batch.responses]
+        ended = batch.ended or all_ended
         rows = []
-        for image, prompt, responses in zip(codes, batch.prompts, batch.responses):
+        for image, prompt, *texts in zip(codes, batch.prompts, batch.responses, ended):
             question = self.tokens.text_prompt(prompt)
             row = [Segment(self.tokens.mmu_prompt(image), bidirectional=True)]
-            row += [answer_segment(question, [*ids, self.tokens.eot]) for ids in responses]
+            for ids, has_ended in zip(*texts):
+                row.append(answer_segment(question, ids + [self.tokens.eot] * has_ended))
             rows.append(row)
         return pack(rows, self.tokens.pad, self.device)
 

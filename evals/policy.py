@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hermesflow.files import remove
 from hermesflow.inputs import read_records
 from hermesflow.options import ImageSampling
 from hermesflow.pictures import load_image, save_picture, to_pil
@@ -83,6 +84,11 @@ def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageS
             if not all(f.exists() for f in files):
                 missing.append(ImageFiles(id, text, files))
         if missing:
+            # the files say what is drawn: one that was removed since is drawn again
+            state = processes()
+            if state.is_main_process:
+                remove(out / "parts" / f"draw-for-{label}")
+            state.wait_for_everyone()
             map_records(generate, missing, out, batch, f"draw for {label}",
                         length=lambda images: model.prompt_length(images.text))
         leave_to_the_main_process()

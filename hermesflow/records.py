@@ -48,6 +48,7 @@ class Sample(Record):
     """
 
     captions: list[str] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)  # false: cut at --max-new-tokens
     shard: str = ""  # file that holds the tensors
     row: int = 0  # in it
     digest: str = ""  # of them
@@ -62,7 +63,7 @@ class Score:
     caption_scores: list[float]
     image_scores: list[float]
     answers: list[list[str]]
-    correct: list[list[bool]]  # which of them are right
+    matched: list[list[str]]  # the choice that each of them means; empty: none
     dropped: str = ""  # why the record gives no pair; empty: it does
 
 
@@ -86,6 +87,8 @@ class Pair:
     lose_image_score: float
     win_image_wrong: str  # the questions that the policy answered wrong about it, one a line
     lose_image_wrong: str
+    win_ended: bool  # false: the caption was cut at --max-new-tokens
+    lose_ended: bool
     shard: str = ""
     row: int = 0
     digest: str = ""

@@ -122,9 +122,15 @@ def answer_matcher(name: str, device):
     return match
 
 
+def meanings(answers: list[str], questions: list[Question], match) -> list[str]:
+    """Per question: the choice that the answer means, or NOTHING."""
+    return [match(a, q.choices) for a, q in zip(answers, questions)]
+
+
 def is_correct(answers: list[str], questions: list[Question], match) -> list[bool]:
     """Per question: is the choice that the answer means the right one?"""
-    return [match(a, q.choices) == q.answer for a, q in zip(answers, questions)]
+    meant = meanings(answers, questions, match)
+    return [choice == q.answer for choice, q in zip(meant, questions)]
 
 
 # ---------------------------------------------------------------------------- questions, as in TIFA

@@ -377,6 +377,23 @@ def test_images_of_another_model_survive(base, clip, tmp_path, monkeypatch):  # 
         assert third[name] == pytest.approx(second[name], rel=1e-3)
 
 
+def test_an_image_that_is_removed_is_drawn_again(base, clip, tmp_path, monkeypatch):  # noqa: F811
+    """Also before the benchmark is complete."""
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr("evals.clipscore.Clip", None)
+        clipscore(base, clip, tmp_path)
+    images = tmp_path / "out" / "images"
+    assert sorted(p.name for p in images.iterdir()) == ["a.png", "b.png", "c.png"]
+    kept = (images / "a.png").read_bytes()
+    (images / "b.png").unlink()
+    first = clipscore(base, clip, tmp_path)
+    assert (images / "a.png").read_bytes() == kept and (images / "b.png").exists()
+    (images / "b.png").unlink()
+    second = clipscore(base, clip, tmp_path)
+    for name in first.keys() - {"benchmark"}:
+        assert second[name] == pytest.approx(first[name], rel=1e-3)
+
+
 def test_all_images_of_another_model(base, clip, tmp_path, monkeypatch):  # noqa: F811
     for i, record in enumerate(RECORDS):
         photo(tmp_path / "out" / "images" / f"{record['id']}.png", i)

@@ -967,6 +967,23 @@ def test_images_are_encoded_and_decoded_in_parts(monkeypatch, pixels_at_once, si
     assert seen == {"encode": sizes, "decode": sizes}
 
 
+def test_two_full_size_images_at_a_time(monkeypatch):
+    """Each takes 0.7 GB in the image tokenizer of the published size."""
+    model = tiny_model()
+    model.image_size = 512
+    seen = []
+
+    def recorded(images):
+        seen.append(len(images))
+        return torch.zeros(len(images), 1)
+
+    monkeypatch.setattr(model.vq, "encode", recorded)
+    monkeypatch.setattr(model.vq, "decode", recorded)
+    model.encode_image(torch.zeros(3, 3, 512, 512))
+    model.decode_image(torch.zeros(5, 16, dtype=torch.long))
+    assert seen == [2, 1, 2, 2, 1]
+
+
 # -------------------------------------------------------------------------------- what fits a model
 
 

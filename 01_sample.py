@@ -16,8 +16,8 @@ from pathlib import Path
 
 from hermesflow.inputs import read_records
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
-                                exit_if_dry_run, folder, integer, model_inputs, number,
-                                sampling_from, stage_parser)
+                                folder, integer, model_inputs, number, sampling_from, stage_parser,
+                                unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
@@ -61,8 +61,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.records is None and args.prompt is None and args.image is None:
         parser.error("one of --records, --prompt, --image is needed")
-    exit_if_dry_run(args)
-    return args
+    return unless_dry_run(args)
 
 
 def output_of(args, records=None) -> Output:

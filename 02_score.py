@@ -18,8 +18,8 @@ allenai/unifiedqa-v2-t5-large-1363200.
 from pathlib import Path
 
 from hermesflow.jsonl import lines_of
-from hermesflow.options import (COUNT, add_dry_run, add_model_options, exit_if_dry_run, folder,
-                                integer, model_inputs, number, stage_parser)
+from hermesflow.options import (COUNT, add_dry_run, add_model_options, folder, integer,
+                                model_inputs, number, stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 
@@ -53,8 +53,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.question_model) != bool(args.qa_model):
         parser.error("--question-model and --qa-model go together")
-    exit_if_dry_run(args)
-    return args
+    return unless_dry_run(args)
 
 
 def output_of(args) -> Output:
@@ -84,7 +83,7 @@ from typing import NamedTuple
 import torch
 
 from hermesflow.files import InputError
-from hermesflow.jsonl import Lines, read_jsonl, write_jsonl
+from hermesflow.jsonl import Lines, read_jsonl, require_among, write_jsonl
 from hermesflow.pictures import save_pair_gallery
 from hermesflow.records import Pair, Question, Sample, Score, about, parse_record
 from hermesflow.runs import Earlier, map_records, prepare_output, say
@@ -234,26 +233,14 @@ def make_pairs(samples: Lines, scores: Iterable[Score], previous: Lines | None,
             yield curated[0], {"image": tensors["image"], **curated[1]}
 
 
-# --------------------------------------------------------------------------------- input and output
-
-
-def read_previous(file: Path | None, samples: Lines, folder: Path) -> Lines | None:
-    """The last round's pairs; all of them must be among the samples."""
-    if file is None:
-        return None
-    previous = read_jsonl(file, Pair)
-    absent = sorted(set(previous.ids) - set(samples.ids))
-    if absent:
-        raise InputError(f"{file}: field 'id': {absent[0]!r} is not among the samples in {folder}")
-    return previous
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
 def main(args):
     samples = read_jsonl(args.samples / "samples.jsonl", Sample)
-    previous = read_previous(args.previous, samples, args.samples)
+    previous = read_jsonl(args.previous, Pair) if args.previous else None
+    if previous:
+        require_among(previous, samples)
     output = output_of(args)
     if not prepare_output(output):
         return
@@ -262,9 +249,8 @@ def main(args):
     check_samples(model, samples)
     if previous:
         check_pairs(model, previous)
-    write_questions = None
-    if args.question_model:
-        write_questions = QuestionWriter(args.question_model, args.qa_model, model.device)
+    write_questions = args.question_model and QuestionWriter(args.question_model, args.qa_model,
+                                                             model.device)
     score_captions = caption_scorer(args.caption_scorer, model.device)
     match = answer_matcher(args.matcher, model.device)
 

@@ -18,10 +18,10 @@ sum over the slots of one random mask, the same for win and lose, policy and ref
 from pathlib import Path
 
 from hermesflow.options import (COUNT, GUIDANCE, SEED, SHARE, above_zero, add_checkpoint_options,
-                                add_dry_run, check_batch, exit_if_dry_run, folder, integer,
-                                model_inputs, stage_parser)
+                                add_dry_run, check_batch, folder, integer, model_inputs,
+                                stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
-from hermesflow.training_options import TRACKERS, WEIGHT, epochs, number_of_steps, tracker
+from hermesflow.training_options import SCHEDULES, WEIGHT, epochs, number_of_steps, tracker
 
 
 def parse_args(argv=None):
@@ -48,8 +48,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=COUNT, default=4, help="records per forward pass and process")
     add("--lr", type=above_zero(10), default=2e-5, help="highest learning rate")
     add("--warmup", type=SHARE, default=0.05, help="share of the steps")
-    add("--schedule", choices=["cosine", "linear", "constant_with_warmup"], default="cosine",
-        help="of the learning rate")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     add("--weight-decay", type=WEIGHT, default=0.01, help="of matrices")
     add("--clip", type=above_zero(1e6), default=1.0, help="largest gradient norm")
     add("--precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
@@ -59,12 +58,11 @@ def parse_args(argv=None):
     add("--seed", type=SEED, default=0, help="enters all seeds")
     add("--device", choices=["cpu"], help="cpu, also where there is an accelerator")
     add("--save-every", type=integer(0), default=100, help="steps between states; 0: at signals")
-    add("--track", type=tracker, help="also log to one of " + ", ".join(TRACKERS))
+    add("--track", type=tracker, help="also log to one of accelerate's trackers: tensorboard, wandb, …")
     add_dry_run(parser)
     args = parser.parse_args(argv)
     check_batch(parser, args.batch, args.micro_batch)
-    exit_if_dry_run(args)
-    return args
+    return unless_dry_run(args)
 
 
 def output_of(args) -> Output:
@@ -186,7 +184,7 @@ def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: flo
     masks = model.training_masks(mask_seeds)  # (B, N)
     x = torch.stack([t["image"] for t in tensors])  # (B, N)
     captions = [[t["win_caption"].tolist(), t["lose_caption"].tolist()] for t in tensors]
-    ended = [[v.pair.win_ended, v.pair.lose_ended] for v in visits]
+    ended = [[p.win_ended, p.lose_ended] for p, _ in visits]
     images = [torch.stack([t["win_image"], t["lose_image"]]) for t in tensors]
     return (TextBatch(x, [CAPTION_QUESTION] * len(visits), captions, ended),
             ImageBatch(texts, torch.stack(images), masks, guidance_scale))  # (B, 2, N)
@@ -201,7 +199,6 @@ def compute_reference(model: Model, reference: ReferenceFile, batch_at, ids_at, 
     """Log-probs of all that training will see, under the model as it is now.
 
     Masks are seeded, so this is known in advance: no reference model sits in memory in training.
-    Batches are those of training, which makes the log ratio at step 0 exactly zero.
     """
     for at in reference.missing(micro_batch, interruptions):
         und, gen = model.pair_logps(*batch_at(model, at))
@@ -261,7 +258,7 @@ def main(args):
     with Interruptions(accelerator) as interruptions:
         # the reference first, so that it never shares the memory with the optimizer's state
         reference = ReferenceFile(args.out, len(order), args.reference is None, accelerator)
-        model = optimizer = None
+        model = None
         if not reference.exists():
             model, optimizer = prepare(args.reference or args.model)
             check_pairs(model, pairs)

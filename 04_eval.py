@@ -34,8 +34,8 @@ from hermesflow.contents import ROOT
 from hermesflow.files import InputError
 from hermesflow.inputs import read_records
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
-                                exit_if_dry_run, folder, integer, model_inputs, sampling_from,
-                                stage_parser)
+                                folder, integer, model_inputs, sampling_from, stage_parser,
+                                unless_dry_run)
 from hermesflow.outputs import Output, complete, finish, run_main
 from hermesflow.records import CAPTION_QUESTION, Record, about, parse_record
 
@@ -89,8 +89,7 @@ def parse_args(argv=None):
     for name in ("model", "judge", "caption_scorer", "matcher", "detector", "vqa"):
         if not getattr(args, name).strip():
             parser.error(f"--{name.replace('_', '-')} is empty")
-    exit_if_dry_run(args)
-    return args
+    return unless_dry_run(args)
 
 
 def read_held_out(args) -> list[Record]:

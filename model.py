@@ -19,7 +19,7 @@ from hermesflow.checkpoints import (full_precision, load_checkpoint, load_tokeni
                                     phi_fields, read_config)
 from hermesflow.files import InputError, atomic
 from hermesflow.magvit import Magvit, load_magvit, save_magvit
-from hermesflow.options import ImageSampling
+from hermesflow.options import IMAGE_TOKENIZER, TEXT_TOKENIZER, ImageSampling
 from hermesflow.prefixes import GuidedLogits, ImagePrefix
 from hermesflow.runs import processes
 from hermesflow.sampling import (Generated, TextRequest, maskgit_decode, random_mask, sample_tokens,
@@ -68,6 +68,8 @@ class Model:
         self.config = net.config
         self.phi = net.showo.config
         self.image_tokens = net.tokens.image_tokens  # N
+        self.code_count = net.tokens.codes
+        self.vocab_size = net.tokens.vocab_size
         self.longest_prompt = net.tokens.window
         self.image_size = int(self.image_tokens**0.5) * vq.downsampling  # pixels
 
@@ -236,20 +238,6 @@ class Model:
         if len(self.tokens.text_prompt(text)) > room:
             raise InputError(f"{where} does not fit into {room} tokens")
 
-    def check_codes(self, codes: torch.Tensor, where: str) -> None:
-        """Raises InputError unless these are (…, N) codes of this model."""
-        N = self.image_tokens
-        C = self.tokens.codes
-        whole = codes.numel() and codes.shape[-1:] == (N,)
-        if not whole or codes.min() < 0 or codes.max() >= C:
-            message = f"should be {N} codes below {C}; were they made with another model?"
-            raise InputError(f"{where} {message}")
-
-    def check_text_ids(self, ids: torch.Tensor, where: str) -> None:
-        """Raises InputError if a token id is outside the vocabulary."""
-        if ids.numel() and (ids.min() < 0 or ids.max() >= self.tokens.vocab_size):
-            raise InputError(f"{where}: a token is outside the vocabulary")
-
 
 def responses_only(segments: tuple[torch.Tensor, torch.Tensor]) -> LogProbs:
     """(B, 1 + S) sums and counts of a pack, without the prefix."""
@@ -268,13 +256,13 @@ def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu",
     config = read_config(name)
     where = f"{name}/config.json"
     own = {p.name: str(p) for p in Path(name).glob("*/")}  # our folders hold both tokenizers
-    phi = phi_config(name, config.get("llm_model_path", "microsoft/phi-1_5"))
-    tokenizer = load_tokenizer(text_tokenizer or own.get("tokenizer") or "microsoft/phi-1_5")
+    phi = phi_config(name, config.get("llm_model_path", TEXT_TOKENIZER))
+    tokenizer = load_tokenizer(text_tokenizer or own.get("tokenizer") or TEXT_TOKENIZER)
     net = build_showo(config, phi, tokenizer, where)
     load_checkpoint(net, name, dtype)
     # not among the weights, and float32 in every precision
     net.showo.model.rotary_emb = PhiRotaryEmbedding(phi)
-    vq = load_magvit(image_tokenizer or own.get("magvitv2") or "showlab/magvitv2")
+    vq = load_magvit(image_tokenizer or own.get("magvitv2") or IMAGE_TOKENIZER)
     if 2**vq.config.bits != net.tokens.codes:
         message = f"is {net.tokens.codes}, the image tokenizer has {2**vq.config.bits} codes"
         raise InputError(f"{where}: field 'codebook_size' {message}")

@@ -100,6 +100,14 @@ def read_jsonl(path, kind: type, skipped: list[str] | None = None) -> Lines:
         return Lines(path, kind, skipped)
 
 
+def require_among(some: Lines, others: Lines) -> None:
+    """Raises InputError unless all of `some` have their id among `others`."""
+    absent = sorted(set(some.ids) - set(others.ids))
+    if absent:
+        raise InputError(f"{some.path}: field 'id': {absent[0]!r} is not among the samples in "
+                         f"{others.path.parent}")
+
+
 def to_line(record, folder) -> str:
     """A record as a line of a JSONL file in `folder`."""
     values = asdict(record)

@@ -132,10 +132,11 @@ def add_dry_run(parser: StageParser) -> None:
         help="check options and number of processes, and exit")
 
 
-def exit_if_dry_run(args) -> None:
-    """The end of a dry run; --dry-run is no setting of what a stage writes."""
+def unless_dry_run(args):
+    """The options, which no longer hold --dry-run; where it was given, the end."""
     if vars(args).pop("dry_run"):
         sys.exit()
+    return args
 
 
 def add_checkpoint_options(group) -> None:

@@ -160,10 +160,25 @@ def check_table(model, records: Lines, codes: tuple[str, ...], ids: tuple[str, .
         if absent:
             raise InputError(f"{path}: no tensor '{absent[0]}'")
         for name in codes:
-            model.check_codes(tensors[name], f"{path}: '{name}'")
+            check_codes(model, tensors[name], f"{path}: '{name}'")
         for name in ids:
             values = tensors[name]
-            model.check_text_ids(values[values != -1], f"{path}: '{name}'")
+            check_text_ids(model, values[values != -1], f"{path}: '{name}'")
+
+
+def check_codes(model, codes: torch.Tensor, where: str) -> None:
+    """Raises InputError unless these are (…, N) codes of this model."""
+    N = model.image_tokens
+    whole = codes.numel() and codes.shape[-1:] == (N,)
+    if not whole or codes.min() < 0 or codes.max() >= model.code_count:
+        raise InputError(f"{where} should be {N} codes below {model.code_count}; were they made "
+                         "with another model?")
+
+
+def check_text_ids(model, ids: torch.Tensor, where: str) -> None:
+    """Raises InputError if a token id is outside the vocabulary."""
+    if ids.numel() and (ids.min() < 0 or ids.max() >= model.vocab_size):
+        raise InputError(f"{where}: a token is outside the vocabulary")
 
 
 def check_samples(model, samples: Lines) -> None:

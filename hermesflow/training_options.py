@@ -10,6 +10,7 @@ from hermesflow.options import above_zero, number
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
             "wandb")  # accelerate's: names of modules and of pip packages
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 WEIGHT = number(0, 1e6)  # of a term of the loss
 
 

@@ -968,7 +968,7 @@ def finished(tmp_path):
     pairs = []
     for id in "xy":
         pairs.append(Pair(id, "", NASTY, "", f"good {id} <i>", f"bad {id}", 0.875, 0.125, 0.75,
-                          0.25, "", "is it <u>blue</u>?\nhow many?"))
+                          0.25, "", "is it <u>blue</u>?\nhow many?", True, True))
     (folder / "round1" / "pairs").mkdir(parents=True)
     tensors = {"image": torch.tensor([0])}
     write_table(folder / "round1" / "pairs" / "pairs.jsonl", [(p, tensors) for p in pairs])

@@ -46,7 +46,7 @@ def survives(reader, *arguments):
 
 FIELDS = ["id", "image", "caption", "prompt", "questions", "question", "choices", "answer",
           "element", "img_path", "captions", "scores", "caption_scores", "image_scores", "answers",
-          "win_caption", "win_image_wrong", "correct", "shard", "row", "digest", "label", "text",
+          "win_caption", "win_image_wrong", "matched", "ended", "shard", "row", "digest", "label", "text",
           "question_id",
           "annotations", "images", "split", "sentences", "raw", "tag", "include", "exclude",
           "class", "count", "options", "prompts"]
@@ -88,9 +88,11 @@ def json_text(values) -> st.SearchStrategy:
 
 ASKED = [Question("q?", ["a", "b"], "a")]
 GOOD_RECORDS = [
-    Sample("a", "0.png", "a ring", "", ASKED, ["one", "two"], "s-00000.safetensors", 1, "0" * 16),
-    Score("a", ASKED, [0.5], [1.0, 0.0], [["a"], ["b"]], [[True], [False]]),
-    Pair("a", "0.png", "c", "", "w", "l", 1.0, 0.5, 1.0, 0.0, "", "q?", "p-00000.safetensors", 2),
+    Sample("a", "0.png", "a ring", "", ASKED, ["one", "two"], [True, False], "s-00000.safetensors",
+           1, "0" * 16),
+    Score("a", ASKED, [0.5], [1.0, 0.0], [["a"], ["b"]], [["a"], [""]]),
+    Pair("a", "0.png", "c", "", "w", "l", 1.0, 0.5, 1.0, 0.0, "", "q?", True, False,
+         "p-00000.safetensors", 2),
 ]
 GOOD_LINES = [json.dumps(value).encode() for value in (GOOD, *map(asdict, GOOD_RECORDS))]
 LINE = (json_text(VALUES | st.dictionaries(NAMES, VALUES, max_size=8))
@@ -124,10 +126,10 @@ def test_original_records(tmp_path, records, questions):
     survives(read_object, tmp_path / "x.json")
 
 
-# --------------------------------------------------------------------------- tables and output folders
+# ----------------------------------------------------------------------- tables and output folders
 
 SHARD = "x-00000.safetensors"
-ANY_MODEL = SimpleNamespace(check_codes=lambda *_: None, check_text_ids=lambda *_: None)
+ANY_MODEL = SimpleNamespace(image_tokens=4, code_count=8192, vocab_size=50)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +285,7 @@ def test_damaged_cache_of_contents(output, data):
     cache.rmdir()
 
 
-# -------------------------------------------------------------------------------- images and answers
+# ------------------------------------------------------------------------------ images and answers
 
 
 def encoded(kind: str, mode: str = "RGB") -> bytes:

@@ -289,7 +289,8 @@ def test_bad_image(tmp_path, base, capsys, name):
     main(*sampling(tmp_path, base, records))
     assert "1 bad records skipped" in capsys.readouterr().out
     samples = read_jsonl(tmp_path / "out" / "samples.jsonl", Sample)
-    assert samples.ids == ["a"] and sorted(tensors_of(samples[0])) == ["captions", "image", "images"]
+    assert samples.ids == ["a"]
+    assert sorted(tensors_of(samples[0])) == ["captions", "image", "images"]
 
 
 def rotated(path):
@@ -570,6 +571,8 @@ def handed(tmp_path_factory, base):
         lose_image_score=0.0,
         win_image_wrong="",
         lose_image_wrong="",
+        win_ended=True,
+        lose_ended=True,
     )
     tokens = {
         "image": tensors["image"],
@@ -665,6 +668,7 @@ BAD_SAMPLES = {
                     "row 1 (id 'r0'): not the tensors of this record"),
     "lines without codes": (relined(LINES, fields(shard="gone")), LINES),
     "codes elsewhere": (relined(LINES, fields(shard="../samples/samples-00000.safetensors")), ""),
+    "captions without their ends": (relined(LINES, fields(ended="gone")), "'r0'"),
     "fewer captions": (relined(LINES, fields(captions=lambda texts: texts[:2])), "'r0'"),
     "more captions": (relined(LINES, fields(captions=lambda texts: texts * 2)), "'r0'"),
     "torn line": (relined(LINES, lambda t: t[:-20]), "line 2"),
@@ -706,7 +710,7 @@ BAD_PAIRS = {
     "negative tokens": (edited(filled("lose_caption", -5), PAIR_CODES),
                         "'lose_caption': a token is outside the vocabulary"),
     "code fractions": (edited(lambda t: t.update(image=torch.full((1, 16), 0.5)), PAIR_CODES),
-                       "row 0 (id 'r0'): not the tensors of this record"),
+                       "'image'"),
     "other codes": (edited(filled("win_image", 7), PAIR_CODES),
                     "row 0 (id 'r0'): not the tensors of this record"),
     "no codes": (removed(PAIR_CODES), "No such file"),

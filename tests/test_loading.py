@@ -28,6 +28,7 @@ from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
 from hermesflow.pictures import load_image
 from hermesflow.showo import Segment, Tokens, answer_segment, build_showo, image_segment
+from hermesflow.tables import check_codes, check_text_ids
 from model import Model, load, save
 from tiny import row_logps, tiny_model
 from toy import pretrain
@@ -1006,7 +1007,7 @@ def codes_with(value: int, shape=(16,)) -> torch.Tensor:
     codes_with(31, (2, 3, 16)),
 ])
 def test_codes_that_fit(sized, codes):
-    sized.check_codes(codes, "here")
+    check_codes(sized, codes, "here")
 
 
 @pytest.mark.parametrize("codes", [
@@ -1021,16 +1022,16 @@ def test_codes_that_fit(sized, codes):
     torch.zeros(0, 16),
 ])
 def test_codes_that_do_not_fit(sized, codes):
-    message = error(sized.check_codes, codes, "file: id 'a' images")
+    message = error(check_codes, sized, codes, "file: id 'a' images")
     assert message.startswith("file: id 'a' images should be 16 codes below 32")
 
 
 def test_text_ids(sized):
     size = sized.tokens.vocab_size
     for ids in ([], [0], [0, size - 1]):
-        sized.check_text_ids(torch.tensor(ids), "here")
+        check_text_ids(sized, torch.tensor(ids), "here")
     for ids in ([-1], [size], [0, size, 0]):
-        message = error(sized.check_text_ids, torch.tensor(ids), "file: id 'a' captions")
+        message = error(check_text_ids, sized, torch.tensor(ids), "file: id 'a' captions")
         assert message.startswith("file: id 'a' captions: ") and "vocabulary" in message
 
 

@@ -5,8 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,13 +50,13 @@ QUESTIONS = [Question("what color?", ["red", "blue, dark"], "red", "color"),
              Question(ODD, [ODD], ODD)]
 RECORDS = {
     Record: [Record("0", "a.png", "a cat"), Record("ü 1", "b c.png", ODD, ODD, QUESTIONS)],
-    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD]),
+    Sample: [Sample("a", "a.png", "a cat", "p", QUESTIONS, ["one", "", ODD], [True, False, True]),
              Sample("b", "b.png", "c", shard="s-00000.safetensors", row=7, digest="0a" * 8)],
     Score: [Score("a", QUESTIONS, [0.1, 1 / 3], [1.0, 0.0], [["red", ODD], ["", "x"]],
-                  [[True, True], [False, False]]),
+                  [["red", ODD], ["", ODD]]),
             Score("b", [], [], [], [], [], "no questions")],
     Pair: [Pair("a", "a.png", "y", "", "w", ODD, 0.1 + 0.2, 1e-30, 1.0, -0.5, f"{ODD}\nq?", "",
-                "p-00001.safetensors", 8191, "f" * 16)],
+                True, False, "p-00001.safetensors", 8191, "f" * 16)],
     EvalRecord: [EvalRecord("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False],
                             ["x", ""], [False, False], True, "a-00000.safetensors", 7, "b" * 16)],
 }
@@ -77,7 +77,7 @@ def test_round_trip(tmp_path, kind):
 def test_whole_numbers_are_fine_as_scores(tmp_path):
     path = tmp_path / "scores.jsonl"
     path.write_text('{"id": "a", "questions": [], "caption_scores": [1, 0], "image_scores": [], '
-                    '"answers": [], "correct": []}')
+                    '"answers": [], "matched": []}')
     scores = read_jsonl(path, Score)[0].caption_scores
     assert scores == [1.0, 0.0] and all(type(s) is float for s in scores)
 
@@ -133,9 +133,22 @@ def test_a_slice_is_lazy_and_knows_its_ids(tmp_path, part):
     assert len(records) == 7 and records.ids == [f"é{i}" for i in range(7)]  # the whole is whole
 
 
+@pytest.mark.parametrize("end", ["jsonl", "json"])
+def test_an_answer_in_other_letters_is_the_choice(tmp_path, end):
+    """ "Yes" is the choice "yes", whenever and however often the record is read."""
+    questions = [{"question": "q?", "choices": ["no", "yes"], "answer": " Yes"}]
+    record = {"id": "a", "image": "a.png", "caption": "c", "questions": questions}
+    path = tmp_path / f"records.{end}"
+    path.write_text(json.dumps(record if end == "jsonl" else [record]))
+    records = read_records(path)
+    for some in (records, records[:1], records):
+        assert some[0].questions == [Question("q?", ["no", "yes"], "yes")]
+
+
 def test_questions_are_joined_in_slices_too(original):
     path = original.folder / "records.jsonl"
-    write_jsonl(path, [Record(i, "a.png", "c", questions=[QUESTIONS[0]]) for i in ("10", "7", "x9")])
+    ids = ("10", "7", "x9")
+    write_jsonl(path, [Record(i, "a.png", "c", questions=[QUESTIONS[0]]) for i in ids])
     records = read_records(path, original.write()[1])
     for _ in range(2):  # and not added once more when they are read again
         assert [q.question for q in records[1:][0].questions] == ["what color?", "cat?", "furry?"]
@@ -158,6 +171,24 @@ def test_a_replaced_file_does_not_change_what_was_read(tmp_path):
     write_jsonl(path, (replace(r, caption=r.caption.replace("old", "new")) for r in records))
     assert [r.caption for r in records] == ["old a", "old b", "old c"]
     assert [r.caption for r in read_jsonl(path, Record)] == ["new a", "new b", "new c"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("old b", "new b"),  # of the same length: every place still fits
+    lambda text: "é" + text,
+    lambda text: text[:40],
+    lambda text: "",
+], ids=["same length", "longer", "cut", "empty"])
+def test_a_file_that_changes_while_it_is_read_is_one_line(tmp_path, change):
+    """`cp` and some editors write into the same file: its records would be mixed."""
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, [Record(i, "/i.png", f"old {i}") for i in "abc"])
+    os.utime(path, ns=(1, 1))
+    records = read_jsonl(path, Record)
+    assert records[1].caption == "old b"
+    path.write_text(change(path.read_text()))
+    assert str(path) in error(lambda: records[1])
+    assert str(path) in error(lambda: list(records[1:]))
 
 
 @pytest.mark.parametrize("before, bad, byte", [
@@ -444,7 +475,7 @@ def test_a_line_that_does_not_fit_its_shard_is_one_line(table, change, row):
     assert f"{path.parent / 'samples-00000.safetensors'}: row {row} (id 'é0')" in message
 
 
-ANY_MODEL = SimpleNamespace(check_codes=lambda *_: None, check_text_ids=lambda *_: None)
+ANY_MODEL = SimpleNamespace(image_tokens=16, code_count=8192, vocab_size=50_000)
 
 
 @pytest.mark.parametrize("use", [lambda samples: tensors_of(samples[0]),
@@ -525,7 +556,7 @@ BAD_LINES = {  # name: (kind, second line, what the message must say)
                        ["line 2", "'caption'"]),
 }
 SCORE = ('{"id": "b", "questions": [], "caption_scores": [%s], "image_scores": [], '
-         '"answers": [], "correct": []}')
+         '"answers": [], "matched": []}')
 NO_SCORES = {"too large": "1e999", "huge whole number": "1" + "0" * 400, "true": "true",
              "text": '"1.0"'}
 for number in ("NaN", "Infinity", "-Infinity"):
@@ -549,8 +580,9 @@ def test_bad_line(tmp_path, name):
     (Pair, "row", "8191", "1" + "0" * 30),  # a tensor holds no more than 64 bits
     (Pair, "win_image_score", "1.0", "true"),
     (Pair, "shard", '"p-00001.safetensors"', "1"),
-    (Score, "correct", "[[true, true], [false, false]]", "[[1, 1], [0, 0]]"),  # 1 is not true
-    (Score, "correct", "[[true, true], [false, false]]", "[true, false]"),
+    (Pair, "win_ended", "true", "1"),  # 1 is not true
+    (Sample, "ended", "[true, false, true]", "[1, 0, 1]"),
+    (Sample, "ended", "[true, false, true]", "true"),
 ])
 def test_numbers_and_truths_are_not_mixed(tmp_path, kind, field, good, bad):
     path = tmp_path / "records.jsonl"
@@ -664,17 +696,43 @@ def test_original_formats(original):
 
     folder = original.folder
     assert list(read_records(*original.write())) == [
-        Record("7", str(folder / "images/7.jpg"), "A cat.", "a cat, 4k",
+        Record("7", str(folder / "images/7.jpg"), "A cat.", "",
                [question("cat?"), question("furry?")]),
         Record("x9", str(folder / "images/9.jpg"), "A dog.", "",
                [question("dog?"), question("one dog?")]),
-        Record("10", str(folder / "images/10.jpg"), "A fox.", "a fox", [question("fox?")]),
+        Record("10", str(folder / "images/10.jpg"), "A fox.", "", [question("fox?")]),
     ]
 
 
 def test_drawing_text_is_the_prompt_or_else_the_caption(original):
+    path = original.folder / "records.jsonl"
+    write_jsonl(path, [Record("a", "a.png", "A cat.", "a cat, 4k"), Record("b", "a.png", "A dog.")])
+    assert [r.drawing_text for r in read_records(path)] == ["a cat, 4k", "A dog."]
+    # the original's `prompt` is another model's; it draws the caption
     texts = [r.drawing_text for r in read_records(*original.write())]
-    assert texts == ["a cat, 4k", "A dog.", "a fox"]
+    assert texts == ["A cat.", "A dog.", "A fox."]
+
+
+@pytest.mark.parametrize("layout", ["{}", "{},", "[{},]", "\n{}\n,\n", "[\n{}]\n"])
+def test_original_objects_without_brackets(original, layout):
+    """The original's programs write a comma behind each, and some no brackets."""
+    expected = list(read_records(*original.write()))
+    for path, values in zip(original.write(), (original.records, original.questions)):
+        objects = ",\n".join(json.dumps(v, indent=4) for v in values)
+        path.write_text(layout.replace("{}", objects))
+    paths = [original.folder / name for name in ("initial_data.json", "vqa_data.json")]
+    assert list(read_records(*paths)) == expected
+
+
+def test_many_original_objects_are_read_in_a_moment(original):
+    """With brackets or without, time grows with their number."""
+    record = original.records[0] | {"caption": "A cat. " * 150}
+    path = original.folder / "initial_data.json"
+    objects = ",\n".join(json.dumps(record | {"id": i}) for i in range(20_000))  # 24 MB
+    path.write_text(objects + ",")
+    start = time.process_time()
+    assert len(read_records(path)) == 20_000
+    assert time.process_time() - start < 20
 
 
 def test_questions_join_our_own_records_too(original):
@@ -736,7 +794,9 @@ def test_bad_original_question(original, change, parts):
 
 
 @pytest.mark.parametrize("text, part", [
-    ('[{"id": 1, "img_path": "a", "caption": "c"},]', "not valid JSON"),
+    ('[{"id": 1, "img_path": "a", "caption": "c"},', "not valid JSON"),
+    ('[{"id": 1, "img_path": "a", "caption": "c"} {]', "not valid JSON"),
+    ('{"id": 1, "img_path": "a", "caption": "c"}, {"id": 2, "img_', "not valid JSON"),
     ('{"id": 1}', "array"),
     ("[]", "no records"),
     ("", "not valid JSON"),

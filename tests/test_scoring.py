@@ -6,7 +6,6 @@ TIFA's recorded cases, text similarity, encoders, log-probs, self-play.
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,8 +106,10 @@ def test_caption_scorer_default():
     ("3", ["two", "three"], "three"),
     ("green", ["light green", "green"], "green"),  # the same words beat some words
     ("dark green wall", ["green", "dark blue wall"], "dark blue wall"),  # most words in common
-    ("gren", ["red", "green", "blue"], "green"),  # no word in common: spelling
-    ("", ["yes", "no"], "yes"),  # nothing to go by: the first
+    ("a greeny red", ["red", "green"], "red"),
+    ("gren", ["red", "green", "blue"], scoring.NOTHING),  # no word in common
+    ("12", ["1", "2"], scoring.NOTHING),  # a number is a word
+    ("", ["yes", "no"], scoring.NOTHING),
 ])
 def test_nearest_text(answer, choices, nearest):
     assert scoring.nearest_text(answer, choices) == nearest
@@ -436,7 +437,9 @@ SAMPLE = Sample("a", "a.png", "a red ring", "draw a red ring", captions=["x", "y
 
 
 def captions(*scores):
-    return [Candidate(s, torch.tensor([i]), f"caption {i}") for i, s in enumerate(scores)]
+    """Every third is cut."""
+    return [Candidate(s, torch.tensor([i]), f"caption {i}", i % 3 != 2)
+            for i, s in enumerate(scores)]
 
 
 def images(*scores):
@@ -458,7 +461,7 @@ def curate(captions, images, previous=None):
 
 def previous_pair(caption_scores=(0.5, 0.3), image_scores=(0.8, 0.7), id="a") -> Pair:
     return Pair(id, "a.png", "a red ring", "", "old win", "old lose", *caption_scores,
-                *image_scores, "old win wrong", "old lose wrong")
+                *image_scores, "old win wrong", "old lose wrong", False, True)
 
 
 OLD_TOKENS = {"image": torch.tensor([9, 9]), "win_image": torch.tensor([3, 1]),
@@ -469,8 +472,8 @@ OLD_TOKENS = {"image": torch.tensor([9, 9]), "win_image": torch.tensor([3, 1]),
 def previous():
     """The candidates of a pair of the last round."""
     p = previous_pair()
-    return ((Candidate(p.win_caption_score, torch.tensor([91]), p.win_caption),
-             Candidate(p.lose_caption_score, torch.tensor([92]), p.lose_caption)),
+    return ((Candidate(p.win_caption_score, torch.tensor([91]), p.win_caption, p.win_ended),
+             Candidate(p.lose_caption_score, torch.tensor([92]), p.lose_caption, p.lose_ended)),
             (Candidate(p.win_image_score, torch.tensor([93]), p.win_image_wrong),
              Candidate(p.lose_image_score, torch.tensor([94]), p.lose_image_wrong)))
 
@@ -478,7 +481,7 @@ def previous():
 def test_first_round_takes_best_and_worst():
     pair, tokens = curate(captions(0.4, 0.9, 0.1), images(0.7, 0.2, 1.0))
     assert pair == Pair("a", "a.png", "a red ring", "draw a red ring", "caption 1", "caption 2",
-                        0.9, 0.1, 1.0, 0.2, "wrong 2", "wrong 1")
+                        0.9, 0.1, 1.0, 0.2, "wrong 2", "wrong 1", True, False)
     assert tokens == {"win_caption": [1], "lose_caption": [2],
                       "win_image": [12], "lose_image": [11]}
 
@@ -506,15 +509,15 @@ def test_just_above_the_bar_is_kept():
 
 
 @pytest.mark.parametrize("best, loser", [
-    (0.6, ("old win", [91], 0.5)),  # beats the old winner: meets it
-    (0.5, ("old lose", [92], 0.3)),  # equal is not higher: meets the old loser
-    (0.4, ("old lose", [92], 0.3)),
+    (0.6, ("old win", [91], 0.5, False)),  # beats the old winner: meets it
+    (0.5, ("old lose", [92], 0.3, True)),  # equal is not higher: meets the old loser
+    (0.4, ("old lose", [92], 0.3, True)),
 ])
 def test_self_play_captions(best, loser):
     pair, tokens = curate(captions(0.0, best), images(1.0, 0.0), previous())
-    win = pair.win_caption, tokens["win_caption"], pair.win_caption_score
-    lose = pair.lose_caption, tokens["lose_caption"], pair.lose_caption_score
-    assert (win, lose) == (("caption 1", [1], best), loser)
+    win = pair.win_caption, tokens["win_caption"], pair.win_caption_score, pair.win_ended
+    lose = pair.lose_caption, tokens["lose_caption"], pair.lose_caption_score, pair.lose_ended
+    assert (win, lose) == (("caption 1", [1], best, True), loser)
 
 
 @pytest.mark.parametrize("best, loser", [
@@ -552,7 +555,8 @@ class Policy(Model):
 
     def __init__(self):
         self.image_tokens = 2
-        self.tokens = SimpleNamespace(codes=10, vocab_size=20)
+        self.code_count = 10
+        self.vocab_size = 20
 
 
 def answer_questions(model, codes, questions, max_new_tokens):
@@ -567,9 +571,10 @@ def answer_questions(model, codes, questions, max_new_tokens):
 def score_stage(tmp_path, monkeypatch):
     """Run the stage on four sampled records; three of them have questions."""
     captions = ["a cat", "a big red ring", "a big cat"]
-    samples = [Sample(id, f"{id}.png", "a big red ring", questions=FIVE, captions=captions)
-               for id in "abc"]
-    samples.append(Sample("d", "d.png", "a ring", captions=["a", "ring", "x"]))  # no questions
+    ended = [False, True, True]
+    samples = [Sample(id, f"{id}.png", "a big red ring", "", FIVE, captions, ended) for id in "abc"]
+    no_questions = []
+    samples.append(Sample("d", "d.png", "a ring", "", no_questions, ["a", "ring", "x"], ended))
     rows = []
     for n, s in enumerate(samples):
         rows.append((s, {"image": torch.tensor([n, n]),
@@ -600,13 +605,13 @@ def test_stage_scores_and_pairs(score_stage, tmp_path):
     assert list(pairs) == ["a", "b", "c"] and scores["d"].dropped == "no questions"
     assert scores["b"].image_scores == [0.4, 1.0, 0.2, 0.8]
     assert scores["b"].answers[0] == ["yes", "yes", "no", "no", "no"]
-    assert scores["b"].correct == [[i < n for i in range(5)] for n in (2, 5, 1, 4)]
+    assert scores["b"].matched == scores["b"].answers  # "yes" and "no" are choices
     assert scores["b"].caption_scores == [
         pytest.approx(2 * 1 / (3 + 7)), 1.0, pytest.approx(2 * 3 / (5 + 7))]
     pair = pairs["b"]
     assert pair == Pair(
         "b", in_samples(tmp_path, "b.png"), "a big red ring", "", "a big red ring", "a cat",
-        1.0, pytest.approx(0.2), 1.0, 0.2, "", "q1?\nq2?\nq3?\nq4?",
+        1.0, pytest.approx(0.2), 1.0, 0.2, "", "q1?\nq2?\nq3?\nq4?", True, False,
         "pairs-00000.safetensors", 1, pair.digest)
     assert as_lists(tensors_of(pair)) == {
         "image": [1, 1], "win_caption": [6, 7], "lose_caption": [5],
@@ -626,7 +631,7 @@ def test_stage_scores_by_likelihood(score_stage, monkeypatch):
     monkeypatch.setattr(score, "caption_likelihood", caption_likelihood)
     pairs, scores = score_stage("--image-scorer", "likelihood", "--min-image-score", 0.5)
     assert scores["b"].image_scores == [0.2, 0.5, 0.1, 0.4]
-    assert scores["b"].answers == scores["b"].correct == []
+    assert scores["b"].answers == scores["b"].matched == []
     assert scores["b"].dropped == "images: best score is not above 0.5"
     assert scores["d"].image_scores == [0.3, 0.6, 0.2, 0.5] and list(pairs) == ["d"]
     tokens = as_lists(tensors_of(pairs["d"]))
@@ -657,7 +662,7 @@ def test_stage_joins_the_previous_round_by_id(score_stage, tmp_path):
     assert images == [[0, 0], [1, 1], [2, 2]]  # the record's own, not that of the last round
 
 
-# --------------------------------------------------------------------------------- scores that are NaN
+# ------------------------------------------------------------------------------ scores that are NaN
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ def test_samples_are_what_was_drawn(world, sampled):
         for row in tensors["captions"]:
             ids = row[row >= 0].tolist()  # -1 pads
             texts.append(model.decode_text(ids))
-        assert texts == s.captions and len(texts) == 4
+        assert texts == s.captions and len(texts) == len(s.ended) == 4
+        lengths = [int((row >= 0).sum()) for row in tensors["captions"]]
+        assert s.ended == [length < 8 for length in lengths]  # 8 is the limit
         assert len(s.questions) == 3
     picture = Image.open(sampled / "images" / "100" / "01.png")
     picture = np.asarray(picture, dtype=np.float32)  # (H, W, 3)
@@ -326,20 +328,21 @@ def test_pairs_are_the_best_and_the_worst(sampled, paired):
             assert torch.equal(tokens[name], ids[ids >= 0])
             assert getattr(p, name) == samples[p.id].captions[k]
         for wrong, k in ((p.win_image_wrong, best), (p.lose_image_wrong, worst)):
-            asked = zip(s.questions, s.correct[k])
-            assert wrong == "\n".join(q.question for q, right in asked if not right)
+            asked = zip(s.questions, s.matched[k])
+            assert wrong == "\n".join(q.question for q, meant in asked if meant != q.answer)
+        assert p.win_ended == samples[p.id].ended[int(np.argmax(s.caption_scores))]
+        assert p.lose_ended == samples[p.id].ended[int(np.argmin(s.caption_scores))]
     for s in scores.values():
         shares = []
-        for answers, correct in zip(s.answers, s.correct, strict=True):
-            assert correct == [nearest_text(a, q.choices) == q.answer
-                               for a, q in zip(answers, s.questions)]
-            shares.append(np.mean(correct))
+        for answers, matched in zip(s.answers, s.matched, strict=True):
+            assert matched == [nearest_text(a, q.choices) for a, q in zip(answers, s.questions)]
+            shares.append(np.mean([m == q.answer for m, q in zip(matched, s.questions)]))
         assert s.image_scores == shares
 
 
 def test_reencoded_scores(world, sampled):
     """--reencode judges the decoded picture: codes that are decoded and encoded by hand."""
-    scoring(world, sampled, world / "seen", "--reencode")
+    scoring(world, sampled, world / "seen", "--reencode", "--min-image-score", -1)
     model = load(world / "base")
     samples = read_jsonl(sampled / "samples.jsonl", Sample)
     scores = read_jsonl(world / "seen" / "scores.jsonl", Score)
@@ -460,8 +463,8 @@ def test_growing_equals_all_at_once(world, tmp_path, monkeypatch, capsys, finish
     capsys.readouterr()
     main(sample, *first)
     scoring(world, part, grown / "pairs")
-    assert capsys.readouterr().out.splitlines() == [
-        f"{samples / 'samples.jsonl'} is complete", f"{grown / 'pairs' / 'pairs.jsonl'} is complete"]
+    complete = (samples / "samples.jsonl", grown / "pairs" / "pairs.jsonl")
+    assert capsys.readouterr().out.splitlines() == [f"{file} is complete" for file in complete]
 
 
 def test_growing_with_a_record_that_is_skipped(world, tmp_path):
@@ -577,6 +580,21 @@ def test_pairs_are_made_again_without_scoring(world, sampled, paired, tmp_path, 
         made = everything(tmp_path / "first")
         for file in ("scores.jsonl", "pairs.jsonl", "pairs-00000.safetensors", "pairs.png"):
             assert made[file] == expected[name][file], (name, file)
+
+
+def test_pictures_of_pairs_are_of_these_pairs(world, sampled, paired, tmp_path):
+    """Made again with other pairs and fewer pictures: none shows what a pair was before."""
+    out = tmp_path / "pairs"
+    sampling(world, tmp_path / "samples", "--round", 2)
+    scoring(world, tmp_path / "samples", out)
+    scoring(world, tmp_path / "samples", out, "--previous", paired / "pairs.jsonl", "--show", 1)
+    pairs = {p.id: p for p in read_jsonl(out / "pairs.jsonl", Pair)}
+    model = load(world / "base")
+    assert list(out.glob("images/*-lose.png"))
+    for file in out.glob("images/*-lose.png"):
+        codes = tensors_of(pairs[file.stem.removesuffix("-lose")])["lose_image"]
+        shown = to_pil(model.decode_image(codes[None]))[0]
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(shown))
 
 
 def test_no_pairs_and_then_some(world, sampled, tmp_path, monkeypatch):

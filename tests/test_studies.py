@@ -62,7 +62,7 @@ def pairs(model, tmp_path_factory):
     rows = []
     texts = ["a big red ring", "blue square", "small ring left of a square", "square"]
     for i, text in enumerate(texts):
-        pair = Pair(f"r-{i}", "", text, "", "", "", 1.0, 0.0, 1.0, 0.0, "", "")
+        pair = Pair(f"r-{i}", "", text, "", "", "", 1.0, 0.0, 1.0, 0.0, "", "", True, True)
         rows.append((pair, {"image": codes(), "win_image": codes(), "lose_image": codes(),
                             "win_caption": torch.tensor(model.encode_text(text)),
                             "lose_caption": torch.tensor(model.encode_text("no no"))}))
@@ -141,13 +141,13 @@ def test_misaligned_join(stages):
     scores = []
     for i, s in enumerate(samples):
         scores.append(Score(s.id, [Question(s.id, ["a"], "a")], [float(i)], [float(i)], [[]],
-                            [[i == 2]]))
+                            [["a" if i == 2 else "b"]]))
     stages["02"]["make_pairs"] = lambda samples, scores: scores
     switches.misaligned_join(stages)
     joined = stages["02"]["make_pairs"](samples, iter(scores))
     assert [s.id for s in joined] == [s.id for s in samples]
     assert [s.image_scores for s in joined] == [[0.0], [2.0], [1.0]]
-    assert [s.correct for s in joined] == [[[False]], [[True]], [[False]]]
+    assert [s.matched for s in joined] == [[["b"]], [["a"]], [["b"]]]
     assert [s.caption_scores for s in joined] == [[0.0], [1.0], [2.0]]
 
 
@@ -255,7 +255,7 @@ def test_label_smoothing(stages):
     ("caption_gap", "0.3", False), ("codes", "2", True), ("codes", "3", False),
 ])
 def test_filters(stages, what, least, kept):
-    pair = Pair("a", "", "", "", "", "", 0.75, 0.5, 1.0, 0.5, "", "")
+    pair = Pair("a", "", "", "", "", "", 0.75, 0.5, 1.0, 0.5, "", "", True, True)
     tokens = {"win_image": torch.tensor([1, 2, 3]), "lose_image": torch.tensor([1, 5, 6])}
     stages["02"]["curate"] = lambda *_: (pair, tokens)
     switches.filtered(stages, what, least)

@@ -88,7 +88,7 @@ def misaligned_join(stages):
     That order is 0, 1, 10, 100, 101, …
     """
     make_pairs = stages["02"]["make_pairs"]
-    of_images = ("questions", "image_scores", "answers", "correct")
+    of_images = ("questions", "image_scores", "answers", "matched")
 
     def make_misaligned_pairs(samples, scores, *arguments):
         scores = list(scores)

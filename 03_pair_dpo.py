@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--seed", type=SEED, default=0, help="enters all seeds")
     add("--device", choices=["cpu"], help="cpu, also where there is an accelerator")
     add("--save-every", type=integer(0), default=100, help="steps between states; 0: at signals")
-    add("--track", type=tracker, help="also log to one of accelerate's trackers: tensorboard, wandb, …")
+    add("--track", type=tracker, help="also log to accelerate's tracker: tensorboard, wandb, …")
     add_dry_run(parser)
     args = parser.parse_args(argv)
     check_batch(parser, args.batch, args.micro_batch)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
-from hermesflow.checkpoints import (full_precision, load_checkpoint, load_tokenizer, phi_config,
-                                    phi_fields, read_config)
+from hermesflow.checkpoints import (load_tokenizer, phi_config, phi_fields, read_showo_config,
+                                    save_tokenizer)
 from hermesflow.files import InputError, atomic
 from hermesflow.magvit import Magvit, load_magvit, save_magvit
 from hermesflow.options import IMAGE_TOKENIZER, TEXT_TOKENIZER, ImageSampling
@@ -25,6 +25,7 @@ from hermesflow.runs import processes
 from hermesflow.sampling import (Generated, TextRequest, maskgit_decode, random_mask, sample_tokens,
                                  uniforms)
 from hermesflow.showo import Pack, Segment, Showo, answer_segment, build_showo, image_segment, pack
+from hermesflow.weights import full_precision, load_checkpoint
 
 IMAGE_TOKENS_AT_ONCE = 4096  # decoded in one forward pass: enough to fill a processor
 PIXELS_AT_ONCE = 2 * 512 * 512  # through the image tokenizer: 0.7 GB each, more is no faster
@@ -253,7 +254,7 @@ def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu",
 
     The image tokenizer stays float32. Raises InputError naming what is missing or does not fit.
     """
-    config = read_config(name)
+    config = read_showo_config(name)
     where = f"{name}/config.json"
     own = {p.name: str(p) for p in Path(name).glob("*/")}  # our folders hold both tokenizers
     phi = phi_config(name, config.get("llm_model_path", TEXT_TOKENIZER))
@@ -293,4 +294,4 @@ def save(model: Model, folder, weights: dict | None = None) -> None:
         weights = full_precision(weights or model.net.state_dict())
         save_file(weights, temporary / "pytorch_model.safetensors", {"format": "pt"})
         save_magvit(model.vq, temporary / "magvitv2")
-        model.tokens.tokenizer.save_pretrained(temporary / "tokenizer")
+        save_tokenizer(model.tokens.tokenizer, temporary / "tokenizer")

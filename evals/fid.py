@@ -20,9 +20,9 @@ from evals.inception import Inception
 from evals.judges import ModelNames, require_finite
 from evals.official import expected, require
 from evals.policy import draw_records
-from hermesflow.checkpoints import load_weights, read_bin
 from hermesflow.files import InputError, reason
 from hermesflow.pictures import load_image
+from hermesflow.weights import load_weights, read_bin
 
 STATISTICS = "MS-COCO_val2014_fid_stats.npz"
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"

@@ -1,31 +1,19 @@
-"""Checkpoint files: config, weights in the published layouts, tokenizers.
+"""Checkpoint files: configs, tokenizers, and whatever transformers loads. Weights: weights.py.
 
-No code in a file ever runs: .bin files are read with weights_only=True, and transformers loads
-everything with trust_remote_code=False.
+No code in a file ever runs: transformers loads everything with trust_remote_code=False.
 """
 
-import math
+import json
 import os
 import reprlib
-import zipfile
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from torch import nn
-from transformers import AutoTokenizer, PhiConfig
+from transformers import AutoTokenizer, PhiConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import cached_file
 
+from hermesflow import hub
 from hermesflow.files import InputError, read_object, reason
-
-WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin",
-           "pytorch_model.safetensors.index.json", "model.safetensors.index.json",
-           "pytorch_model.bin.index.json")
-READ_AT_ONCE = 2**25  # bytes of a weights file in memory, beside the weights that stay
 
 # fields of config files: their type, and the largest number that makes sense; all are above 0
 SIZE = (int, 2**24)
@@ -56,21 +44,30 @@ def find_file(folder, name: str) -> str | None:
     if os.path.exists(folder):
         path = os.path.join(folder, name)
         return path if os.path.isfile(path) else None
-    try:
-        return cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # a name that is no repository id, a repository that does not exist
-        message = f"{folder}: neither a folder here nor reachable on the hub ({reason(error)})"
-        raise InputError(message) from None
+    return hub.find(str(folder), name)
+
+
+def absent_file(folder, name: str) -> str:
+    """What to say of a file that `find_file` did not find."""
+    return f"{name} is missing" if os.path.exists(folder) else hub.absent(name)
 
 
 def read_config(folder) -> dict:
     """The config.json of a folder or hub repository. Raises InputError if there is none."""
     path = find_file(folder, "config.json")
-    if path is None and os.path.exists(folder):
-        raise InputError(f"{folder}: config.json is missing")
     if path is None:
-        raise InputError(f"{folder}: neither a folder here nor reachable on the hub")
+        raise InputError(f"{folder}: {absent_file(folder, 'config.json')}")
     return read_object(path)
+
+
+def read_showo_config(folder) -> dict:
+    """The same of a Show-o. Raises InputError for the variant that sees images without codes."""
+    config = read_config(folder)
+    if config.get("w_clip_vit"):
+        what = "understands images by continuous CLIP-ViT features, not by the codes that it draws"
+        message = f"this Show-o {what}; take one of codes only, such as showlab/show-o-512x512"
+        raise InputError(f"{folder}/config.json: field 'w_clip_vit' is true: {message}")
+    return config
 
 
 def refuse(where: str, field: str, wanted: str, value) -> None:
@@ -94,172 +91,10 @@ def check_fields(config: dict, fields: dict, where: str) -> None:
             refuse(where, name, wanted, value)
 
 
-# ------------------------------------------------------------------------------------------ weights
-
-
-def load_checkpoint(module: nn.Module, folder, dtype=torch.float32) -> None:
-    """Put the weights of a folder or hub repository into a module built on the meta device.
-
-    Raises InputError unless all names and shapes match, and all values are finite in `dtype`.
-    """
-    path, files = find_weights(folder)
-    shapes = {}
-    for file in files:  # mapped into memory: this reads no weights
-        shapes |= {name: value.shape for name, value in read_tensors(file).items()}
-    check_names(module, shapes, path)
-    fill(module, chain.from_iterable(map(each_tensor, files)), path, dtype)
-
-
-def load_weights(module: nn.Module, weights: dict, path: str, dtype=torch.float32) -> None:
-    """The same for weights in memory; path: where they are from."""
-    check_names(module, {name: value.shape for name, value in weights.items()}, path)
-    fill(module, weights.items(), path, dtype)
-
-
-def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], path: str, dtype) -> None:
-    """One tensor after the other, so that there are never two copies of all weights."""
-    expected = module.state_dict()
-    converted = {}
-    for name, value in tensors:
-        converted[name] = convert(value, expected[name], dtype, f"{path}: parameter {name}")
-    module.load_state_dict(converted, assign=True)
-
-
-def find_weights(folder) -> tuple[str, list[str]]:
-    """The weights file or the index of a checkpoint, and the files that hold its tensors."""
-    candidates = (find_file(folder, name) for name in WEIGHTS)
-    path = next((p for p in candidates if p), None)
-    if path is None:
-        raise InputError(f"{folder}: no weights; looked for {', '.join(WEIGHTS)}")
-    return path, shards(folder, path) if path.endswith(".index.json") else [path]
-
-
-def shards(folder, index: str) -> list[str]:
-    """The files of a sharded checkpoint, none outside its folder."""
-    where = f"{index}: field 'weight_map'"
-    weight_map = read_object(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
-        raise InputError(f"{where} should name a file of this folder for every parameter")
-    names = sorted(set(names))
-    files = [find_file(folder, name) for name in names]
-    if None in files:
-        raise InputError(f"{where}: {SHORT.repr(names[files.index(None)])} is missing")
-    return files
-
-
-def each_tensor(file: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a weights file, each to be used before the next one is asked for."""
-    weights = read_tensors(file)
-    read = 0
-    for name in list(weights):
-        if read and read + weights[name].nbytes > READ_AT_ONCE and is_mapped(file):
-            # what was read of a mapped file stays in memory for as long as the file is open
-            weights = read_tensors(file)
-            read = 0
-        value = weights.pop(name)
-        read += value.nbytes
-        yield name, value
-
-
-def read_tensors(file: str) -> dict:
-    """name -> tensor of a weights file."""
-    return read_bin(file) if file.endswith(".bin") else read_safetensors(file)
-
-
-def is_mapped(file: str) -> bool:
-    """Whether values are read from the file where they are used; old .bin files are read whole."""
-    return not file.endswith(".bin") or zipfile.is_zipfile(file)
-
-
-def read_safetensors(file: str) -> dict:
-    """name -> tensor of a safetensors file. Raises InputError if it cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as weights:
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}
-    except Exception as error:  # safetensors raises its own type, the file system OSError
-        raise InputError(f"{file}: cannot read: {reason(error)}") from None
-    return todays_names(tensors)
-
-
-def read_bin(file: str) -> dict:
-    """name -> tensor of a .bin file. Raises InputError for anything but plain tensors."""
-    try:
-        mmap = zipfile.is_zipfile(file)
-        weights = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # pickle, zip, end of file, code that was not run, …
-        raise InputError(f"{file}: not a file of plain tensors ({reason(error)})") from None
-    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
-        weights = weights["state_dict"]  # a file of a training program
-    entries = weights.items() if isinstance(weights, dict) else [(None, weights)]
-    if not all(isinstance(name, str) and is_plain(value) for name, value in entries):
-        raise InputError(f"{file}: expected a dictionary of parameter names and tensors")
-    return todays_names(weights)
-
-
-def is_plain(value) -> bool:
-    """Whether this is a dense tensor that has values."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return False
-    return value.device.type == "cpu" and not value.is_quantized
-
-
-def todays_names(weights: dict) -> dict:
-    """Parameters as the network names them now.
-
-    Wrappers for several GPUs put `module.` before every name. Older versions of transformers saved
-    the frequencies of the rotary embedding, which are constants.
-    """
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-    names = [name for name in weights if not name.endswith(".inv_freq")]
-    return {name.removeprefix(prefix): weights[name] for name in names}
-
-
-def check_names(module: nn.Module, shapes: dict, path: str) -> None:
-    """Raises InputError unless names and shapes are those of the module."""
-    expected = module.state_dict()
-    wrong = []
-    for name, value in expected.items():
-        if name in shapes and shapes[name] != value.shape:
-            wrong.append(f"{name} {tuple(shapes[name])} instead of {tuple(value.shape)}")
-    problems = [("missing", sorted(expected.keys() - shapes.keys())),
-                ("unexpected", sorted(shapes.keys() - expected.keys())),
-                ("wrong shape", wrong)]
-    messages = [f"{what}: {some_of(names)}" for what, names in problems if names]
-    if messages:
-        raise InputError(f"{path}: parameters do not fit the model; {'; '.join(messages)}")
-
-
 def some_of(names: list[str]) -> str:
     shown = [n if n.isprintable() and len(n) < 200 else SHORT.repr(n) for n in names[:8]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(shown) + more
-
-
-def convert(value: torch.Tensor, expected: torch.Tensor, dtype, where: str) -> torch.Tensor:
-    """A copy in the model's dtype. Raises InputError unless all values are finite there."""
-    is_float = expected.is_floating_point()
-    if value.is_floating_point() != is_float or value.is_complex():
-        raise InputError(f"{where} is {value.dtype}, which is another kind of number")
-    if not is_float:
-        return value.to(expected.dtype, copy=True)
-    # a copy even of the same dtype: otherwise it would stay mapped to the file
-    copy = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    extremes = copy.aminmax() if copy.numel() else ()  # needs no memory, unlike copy.isfinite()
-    if not all(map(math.isfinite, extremes)):
-        too_large = f"holds values that are too large for {dtype}"
-        why = too_large if value.isfinite().all() else "holds values that are not finite numbers"
-        raise InputError(f"{where} {why}")
-    return copy
-
-
-def full_precision(weights: dict) -> dict:
-    """Weights as they are saved: float32 on the CPU."""
-    saved = {}
-    for name, value in weights.items():
-        value = value.detach().cpu()
-        saved[name] = value.float().contiguous() if value.is_floating_point() else value
-    return saved
 
 
 # ------------------------------------------------------------------------------- the language model
@@ -325,6 +160,20 @@ def phi_fields(phi: PhiConfig) -> dict:
 
 # ------------------------------------------------------------------- tokenizers and other libraries
 
+# of what transformers loads from a hub repository: files it needs, one of each group
+CONFIG = ("config.json",)
+MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                 "pytorch_model.bin.index.json")
+NEEDED = {
+    "AutoConfig": (CONFIG,),
+    "AutoTokenizer": (("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
+                       "spiece.model"), ("tokenizer_config.json", "config.json")),
+    "AutoProcessor": (("processor_config.json", "preprocessor_config.json"),),
+    "AutoImageProcessor": (("preprocessor_config.json", "processor_config.json"),),
+}
+# a head that checkpoints of language models lack, and nobody here uses
+OPTIONAL = "pooler"
+
 
 def load_tokenizer(folder):
     """The text tokenizer. Raises InputError unless it has a token for both ends of a text."""
@@ -339,12 +188,54 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a tokenizer so that transformers 4, which the original needs, reads it, too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_object(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the new name of this class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # how it was loaded, which would make the folder's content depend on a connection
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    # the merges of a BPE as "a b", where the new form is ["a", "b"]
+    path = folder / "tokenizer.json"
+    content = read_object(path) if path.exists() else {"model": {}}
+    merges = content["model"].get("merges", [])
+    if merges and not any(isinstance(m, str) or " " in "".join(m) for m in merges):
+        content["model"]["merges"] = [" ".join(m) for m in merges]
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
 def load_hf(kind, name: str, **settings):
     """A model or processor of any transformers class. Raises InputError if it does not load.
 
     Code that its folder may hold is neither asked about nor run.
     """
+    is_model = kind.__name__.startswith("AutoModel") or issubclass(kind, PreTrainedModel)
+    is_here = os.path.exists(name)
+    if not is_here:
+        hub.find(str(name), "config.json")
+    if is_model:
+        settings["output_loading_info"] = True
     try:
-        return kind.from_pretrained(name, trust_remote_code=False, **settings)
+        loaded = kind.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as error:
-        raise InputError(f"{name}: cannot load as {kind.__name__} ({reason(error)})") from None
+        needed = (CONFIG, MODEL_WEIGHTS) if is_model else NEEDED.get(kind.__name__, ())
+        why = None if is_here else hub.lacks(str(name), needed)
+        message = f"cannot load as {kind.__name__} ({why or reason(error)})"
+        raise InputError(f"{name}: {message}") from None
+    if not is_model:
+        return loaded
+    model, info = loaded
+    # transformers gives them random values; what is no parameter is computed, not learnt
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = sorted(n for n in info["missing_keys"] & parameters if OPTIONAL not in n)
+    if missing:
+        share = f"{len(missing)} of {len(parameters)} parameters are missing"
+        raise InputError(f"{name}: cannot load as {kind.__name__} ({share}: {some_of(missing)})")
+    return model

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from hermesflow.files import InputError, reading, reason, write_text
+from hermesflow.files import InputError, reading, write_text
+from hermesflow.hub import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,13 +40,7 @@ def digest(path) -> str:
 
 def revision(repository: str) -> str:
     """The revision of a hub repository that will be loaded."""
-    from huggingface_hub import hf_hub_download  # slow to import, and rarely needed
-
-    try:
-        config = hf_hub_download(repository, "config.json")  # …/snapshots/REVISION/config.json
-    except Exception as error:  # a name that is no repository id, no network, no such repository
-        message = f"neither a folder here nor reachable on the hub ({reason(error)})"
-        raise InputError(f"{repository}: {message}") from None
+    config = fetch(repository, "config.json")  # …/snapshots/REVISION/config.json
     return Path(config).parent.name[:16]
 
 

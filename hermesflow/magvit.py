@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from hermesflow.checkpoints import (check_fields, full_precision, load_checkpoint, read_config,
-                                    refuse)
+from hermesflow.checkpoints import check_fields, read_config, refuse
 from hermesflow.files import InputError, atomic
+from hermesflow.weights import full_precision, load_checkpoint
 
 
 @dataclass

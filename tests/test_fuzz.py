@@ -25,7 +25,7 @@ from hermesflow.jsonl import lines_of, read_jsonl
 from hermesflow.outputs import Output, complete, finish, prepare, read_mark
 from hermesflow.pictures import load_image
 from hermesflow.records import Pair, Question, Record, Sample, Score
-from hermesflow.scoring import keep_questions, nearest_text, parse_questions
+from hermesflow.scoring import NOTHING, keep_questions, nearest_text, parse_questions
 from hermesflow.tables import check_pairs, check_samples, load_tensors, tensors_of, write_table
 
 
@@ -323,7 +323,8 @@ def test_tifa_answers(text, answer):
     kept = keep_questions(questions, [answer] * len(questions), [q.answer for q in questions])
     assert {q.question for q in kept} <= {q.question for q in questions}
     for q in questions:
-        assert nearest_text(answer, q.choices) in q.choices
+        assert nearest_text(answer, q.choices) in (NOTHING, *q.choices)
+        assert all(nearest_text(choice, q.choices) == choice for choice in q.choices)
 
 
 READERS = {

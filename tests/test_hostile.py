@@ -741,7 +741,7 @@ def test_bad_pairs(tmp_path, base, handed, capsys, name):
 def ends(name: str, log, *arguments) -> tuple[int, str]:
     """Exit code and output of a stage that must not wait for a named pipe."""
     process = kills.start(name, arguments, log)
-    process.join(100)
+    process.join(60)
     if process.exitcode is None:
         process.kill()
         process.join()

@@ -22,13 +22,14 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 import model as wrapper
 from conftest import GOLDEN, ROOT
-from hermesflow import checkpoints
-from hermesflow.checkpoints import load_weights, phi_config
+from hermesflow import weights as reading
+from hermesflow.checkpoints import phi_config
 from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
 from hermesflow.pictures import load_image
 from hermesflow.showo import Segment, Tokens, answer_segment, build_showo, image_segment
 from hermesflow.tables import check_codes, check_text_ids
+from hermesflow.weights import load_weights
 from model import Model, load, save
 from tiny import row_logps, tiny_model
 from toy import pretrain
@@ -326,17 +327,17 @@ def test_other_names_are_still_checked(published):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_are_opened_again_and_let_go(published, tiny, monkeypatch, layout, dtype):
     """Every few bytes; the weights are the same, and no longer those of the file."""
-    monkeypatch.setattr(checkpoints, "READ_AT_ONCE", 1)
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 1)
     opened = []
 
-    def recorded(file, original=checkpoints.read_tensors):
+    def recorded(file, original=reading.read_tensors):
         opened.append(file)
         return original(file)
 
-    monkeypatch.setattr(checkpoints, "read_tensors", recorded)
+    monkeypatch.setattr(reading, "read_tensors", recorded)
     WRITE[layout](published.showo, published.weights)
     net = build_showo(published.config, PhiConfig.from_dict(PHI), word_tokenizer())
-    checkpoints.load_checkpoint(net, published.showo, dtype)
+    reading.load_checkpoint(net, published.showo, dtype)
     files = sorted(set(opened))
     tensors = len(published.weights)
     assert len(files) == (3 if layout.startswith("sharded") else 1)
@@ -358,7 +359,7 @@ import sys
 
 import torch
 
-from hermesflow import checkpoints
+from hermesflow import weights
 
 
 def status(field):
@@ -368,11 +369,11 @@ def status(field):
 
 with torch.device("meta"):
     module = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(40)])
-checkpoints.READ_AT_ONCE = 2**23
+weights.READ_AT_ONCE = 2**23
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak begins here
 before = status("VmRSS")
-checkpoints.load_checkpoint(module, sys.argv[1], getattr(torch, sys.argv[2]))
+weights.load_checkpoint(module, sys.argv[1], getattr(torch, sys.argv[2]))
 stays = sum(p.nbytes for p in module.parameters()) / 2**20
 print(stays, status("VmHWM") - before, status("VmRSS") - before)
 """

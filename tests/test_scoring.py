@@ -203,7 +203,7 @@ def test_matcher_takes_the_nearest_choice_by_mean_vectors(bert):
 
 
 def test_unknown_encoder_is_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"nothing here.*AutoTokenizer") as error:
+    with pytest.raises(InputError, match=r"nothing here: no such folder, and no name of a") as error:
         scoring.SentenceEncoder(str(tmp_path / "nothing here"), "cls", "cpu")
     assert "\n" not in str(error.value)
 
@@ -429,6 +429,27 @@ def test_pair_log_probs_are_those_of_both_halves(
         und, gen = policy.pair_logps(TextBatch(images, *prompts_and_responses), image_batch)
         assert_equal(und, text)
         assert_equal(gen, image)
+
+
+@torch.no_grad()
+def test_a_cut_response_ends_without_a_label(policy, pixels):
+    """Its log-prob is that of all its continuations together, of which `<|eot|>` is one."""
+    start = policy.encode_text("a big ring")
+    vocabulary = range(policy.vocab_size)
+    responses = [start, *([*start, token] for token in vocabulary)]
+
+    def logps(responses, ended):
+        batch = TextBatch(pixels[:1], ["what?"], [responses], ended)
+        return wrapper.responses_only(policy.net(policy.pack_text(batch))[0])
+
+    cut = logps(responses, [[False] * len(responses)])
+    assert cut.counts[0].tolist() == [3, *[4] * len(vocabulary)]
+    torch.testing.assert_close(cut.sums[0, 1:].logsumexp(0), cut.sums[0, 0], rtol=1e-4, atol=1e-4)
+    mixed = logps([start, start], [[True, False]])
+    assert mixed.counts[0].tolist() == [4, 3]
+    expected = cut.sums[0, [1 + policy.tokens.eot, 0]]
+    torch.testing.assert_close(mixed.sums[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logps([start], None).sums[0], expected[:1], rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------- curation

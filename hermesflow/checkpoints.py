@@ -6,11 +6,12 @@ No code in a file ever runs: transformers loads everything with trust_remote_cod
 import json
 import os
 import reprlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PhiConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 from hermesflow import hub
 from hermesflow.files import InputError, read_object, reason
@@ -160,26 +161,22 @@ def phi_fields(phi: PhiConfig) -> dict:
 
 # ------------------------------------------------------------------- tokenizers and other libraries
 
-# of what transformers loads from a hub repository: files it needs, one of each group
+# what transformers needs of a hub repository: of each group one file
 CONFIG = ("config.json",)
-MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                 "pytorch_model.bin.index.json")
-NEEDED = {
-    "AutoConfig": (CONFIG,),
-    "AutoTokenizer": (("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
-                       "spiece.model"), ("tokenizer_config.json", "config.json")),
-    "AutoProcessor": (("processor_config.json", "preprocessor_config.json"),),
-    "AutoImageProcessor": (("preprocessor_config.json", "processor_config.json"),),
-}
-# a head that checkpoints of language models lack, and nobody here uses
-OPTIONAL = "pooler"
+MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+         "pytorch_model.bin.index.json")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+NEEDED = {"AutoConfig": (CONFIG,), "AutoTokenizer": (TOKENIZER,), "AutoProcessor": (PROCESSOR,),
+          "AutoImageProcessor": (PROCESSOR,)}
+OPTIONAL = "pooler"  # a head that encoders may lack, and that nobody here uses
 
 
 def load_tokenizer(folder):
     """The text tokenizer. Raises InputError unless it has a token for both ends of a text."""
     path = find_file(folder, "tokenizer_config.json")
     config = read_object(path) if path else {}
-    if config.get("model_max_length") is not None:  # the one number, which transformers does not look at
+    if config.get("model_max_length") is not None:  # the one number, and transformers looks at none
         check_fields(config, {"model_max_length": (float, 1e31)}, path)
     tokenizer = load_hf(AutoTokenizer, folder)
     for name in ("bos_token", "eos_token"):
@@ -211,6 +208,17 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+@contextmanager
+def only_errors():
+    """Without the tables in which transformers reports what a file lacks, or has besides."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_hf(kind, name: str, **settings):
     """A model or processor of any transformers class. Raises InputError if it does not load.
 
@@ -219,23 +227,23 @@ def load_hf(kind, name: str, **settings):
     is_model = kind.__name__.startswith("AutoModel") or issubclass(kind, PreTrainedModel)
     is_here = os.path.exists(name)
     if not is_here:
-        hub.find(str(name), "config.json")
+        hub.find(str(name), "config.json")  # raises if the repository is out of reach
     if is_model:
         settings["output_loading_info"] = True
     try:
-        loaded = kind.from_pretrained(name, trust_remote_code=False, **settings)
+        with only_errors():
+            loaded = kind.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as error:
-        needed = (CONFIG, MODEL_WEIGHTS) if is_model else NEEDED.get(kind.__name__, ())
-        why = None if is_here else hub.lacks(str(name), needed)
-        message = f"cannot load as {kind.__name__} ({why or reason(error)})"
-        raise InputError(f"{name}: {message}") from None
+        needed = (CONFIG, MODEL) if is_model else NEEDED.get(kind.__name__, ())
+        why = (not is_here and hub.lacks(str(name), needed)) or reason(error)
+        raise InputError(f"{name}: cannot load as {kind.__name__} ({why})") from None
     if not is_model:
         return loaded
     model, info = loaded
-    # transformers gives them random values; what is no parameter is computed, not learnt
-    parameters = {name for name, _ in model.named_parameters()}
-    missing = sorted(n for n in info["missing_keys"] & parameters if OPTIONAL not in n)
+    parameters = {n for n, _ in model.named_parameters()}
+    # transformers draws them at random; whatever else is missing is computed and not learnt
+    missing = sorted(n for n in info["missing_keys"] if n in parameters and OPTIONAL not in n)
     if missing:
-        share = f"{len(missing)} of {len(parameters)} parameters are missing"
-        raise InputError(f"{name}: cannot load as {kind.__name__} ({share}: {some_of(missing)})")
+        why = f"{len(missing)} of {len(parameters)} parameters are missing: {some_of(missing)}"
+        raise InputError(f"{name}: cannot load as {kind.__name__} ({why})")
     return model

@@ -86,7 +86,13 @@ def written_files(folder: Path) -> set[str]:
     names = set()
     for file in (folder / PRIVATE).glob("written-*"):
         names |= set(read_text(file).split("\n"))
-    return names - {""}
+    # a crash of the system may leave anything in a file that was written to last
+    return {name for name in names if name and is_below(name)}
+
+
+def is_below(name: str) -> bool:
+    """Whether a name relative to a folder stays inside it."""
+    return "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 HELD = {}  # absolute output folder -> its Holding, as long as this process lives
@@ -151,6 +157,12 @@ def claim(path) -> None:
     """`Holding.claim` of the output folder that `path` is in; other paths are free."""
     for holding in holdings(path):
         holding.claim(Path(os.path.abspath(path)))
+
+
+def is_ours(path) -> bool:
+    """Whether a stage wrote `path`, as far as its output folder is held and knows."""
+    path = Path(os.path.abspath(path))
+    return all(str(path.relative_to(h.folder)) in h.written for h in holdings(path))
 
 
 # ------------------------------------------------------------------------------------------ writing

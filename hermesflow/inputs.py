@@ -72,17 +72,21 @@ def read_array(path) -> list[tuple]:
 
 
 def objects_of(text: str) -> list | None:
-    """JSON objects between commas, perhaps in brackets; None if there is anything else."""
-    text = re.sub(r"^\s*\[|\]\s*$", "", text)
+    """JSON objects between commas, all in brackets or none; None if there is anything else."""
+    text = text.strip()
+    if text[:1] == "[" and text[-1:] == "]":
+        text = text[1:-1]
+    between = re.compile(r"[\s,]*")
+    decoder = json.JSONDecoder()
     values = []
-    place = 0
-    while text[place:].strip(", \n\r\t"):
-        place = re.compile(r"[\s,]*").match(text, place).end()
+    place = between.match(text).end()
+    while place < len(text):
         try:
-            value, place = json.JSONDecoder(parse_constant=float).raw_decode(text, place)
+            value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
             return None
         values.append(value)
+        place = between.match(text, place).end()
     return values
 
 

@@ -1,8 +1,10 @@
 """JSON lines: checked as a whole, read one at a time, so that memory stays flat."""
 
+import codecs
 import copy
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -10,6 +12,9 @@ from pathlib import Path
 
 from hermesflow.files import InputError, atomic, parse_json, reading, require_regular
 from hermesflow.records import parse_record, validated
+
+
+SHARD = r"[^/\\\0\n]+-\d{5}\.safetensors"  # beside the file
 
 
 class RelativePath(str):
@@ -29,33 +34,39 @@ class Lines(Sequence):
         self.ids = []
         self.places = array("q")  # bytes from the start of the file
         self.shards = set()
+        require_regular(path)
+        self.file = open(path, "rb")
+        self.version = self.changed()
         for record, place in validated(self.build, self.scan(), path, skipped):
             self.ids.append(record.id)
             self.places.append(place)
             self.shards.add(getattr(record, "shard", ""))
-        self.file = open(path, "rb")
+
+    def changed(self) -> tuple[int, int]:
+        now = os.fstat(self.file.fileno())
+        return now.st_size, now.st_mtime_ns
 
     def scan(self) -> Iterator[tuple]:
         """(where, line, place) of every line that is not blank."""
-        with reading(self.path):
-            require_regular(self.path)
-            with open(self.path, "rb") as file:
-                place = 0
-                for number, line in enumerate(file, 1):
-                    try:
-                        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    except UnicodeDecodeError as error:
-                        error.start += place
-                        raise
-                    if text.strip():
-                        yield f"{self.path}: line {number}", text, place
-                    place += len(line)
+        place = 0
+        for number, line in enumerate(self.file, 1):
+            start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            try:
+                text = line[start:].decode()
+            except UnicodeDecodeError as error:
+                error.start += place + start
+                raise
+            if text.strip():
+                yield f"{self.path}: line {number}", text, place
+            place += len(line)
 
     def build(self, line: str, where: str):
         record = parse_record(self.kind, parse_json(line, where), where)
         record.folder = self.path.parent
         if hasattr(record, "image"):
             record.image = resolve_image(record.image, record.folder)
+        if getattr(record, "shard", "") and not re.fullmatch(SHARD, record.shard):
+            raise InputError(f"{where}: field 'shard': {record.shard[:60]!r} is no name of a shard")
         return record
 
     def __len__(self) -> int:
@@ -67,6 +78,8 @@ class Lines(Sequence):
             part.ids = self.ids[i]
             part.places = self.places[i]
             return part
+        if self.changed() != self.version:
+            raise InputError(f"{self.path}: changed while it was read")
         self.file.seek(self.places[i])
         line = self.file.readline().decode("utf-8-sig")
         return self.complete(self.build(line, f"{self.path}: id {self.ids[i]!r}"))

@@ -267,14 +267,14 @@ def check_place(output: Output) -> None:
 def read_paths(output: Output) -> dict[str, set[Path]]:
     """option -> the files and folders it reads; of many files in a folder, one."""
     inputs = {**output.inputs, **output.made_from}
+    named = {n: v for n, v in output.args.items() if isinstance(v, Path) and n != "out"}
     found = {}
-    for name, value in output.args.items():
-        if isinstance(value, Path) and name != "out" or inputs.get(name) is not None:
-            found[name] = {Path(os.path.realpath(value))} if os.path.exists(value) else set()
-    for name, value in inputs.items():
+    for name, value in (*named.items(), *inputs.items()):
+        paths = [value] if value and not callable(value) else []
         if callable(value):
-            one_in_each = {p.parent: p for p in pieces(value) if isinstance(p, Path)}
-            found[name] |= {Path(os.path.realpath(d)) / p.name for d, p in one_in_each.items()}
+            paths = {p.parent: p for p in pieces(value) if isinstance(p, Path)}.values()
+        there = {Path(os.path.realpath(p)) for p in paths if os.path.exists(p)}
+        found[name] = found.get(name, set()) | there
     return found
 
 

@@ -24,6 +24,12 @@ class Question:
     answer: str
     element: str = ""  # what the question is about: color, counting, spatial, …
 
+    def __post_init__(self):
+        """The answer in other letters is the choice: "Yes" is "yes"."""
+        if self.answer not in self.choices:
+            alike = [c for c in self.choices if c.strip().lower() == self.answer.strip().lower()]
+            self.answer = alike[0] if alike else self.answer
+
 
 @dataclass
 class Record:
@@ -188,9 +194,6 @@ def check_question(q: Question, where: str) -> None:
         raise InputError(f"{where}: field 'choices' is empty: {asked}")
     if not all(c.strip() for c in q.choices):
         raise InputError(f"{where}: field 'choices' holds an empty one: {asked}")
-    alike = [c for c in q.choices if c.strip().lower() == q.answer.strip().lower()]
-    if q.answer not in q.choices and alike:
-        q.answer = alike[0]  # "Yes" is the choice "yes"
     if q.answer not in q.choices:
         answer = repr(q.answer[:40])
         raise InputError(f"{where}: field 'answer': {answer} is not among the choices of {asked}")

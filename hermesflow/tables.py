@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hermesflow.files import InputError, atomic, reading, remove, require_regular
+from hermesflow.files import InputError, atomic, is_ours, reason, remove, require_regular
 from hermesflow.jsonl import Lines, to_line
 
 SHARD_BYTES = 64 * 2**20  # at which another shard is begun,
@@ -28,6 +28,7 @@ Tensors = dict[str, torch.Tensor]
 def load_tensors(path) -> Tensors:
     """name -> tensor of a safetensors file. Raises InputError if it cannot be read."""
     try:
+        require_regular(path)
         return load_file(path)
     except Exception as error:  # safetensors raises its own type, the file system OSError
         raise InputError(f"{path}: cannot read: {error}") from None
@@ -60,7 +61,7 @@ def write_table(path, rows) -> int:
         shard.save()
     for number in itertools.count(shard.number + 1):  # of an earlier, longer table
         stale = shard_path(path, number)
-        if not stale.exists():
+        if not stale.exists() or not is_ours(stale):
             return count
         remove(stale)
 
@@ -135,14 +136,12 @@ def tensors_of(record) -> Tensors:
     """
     path = Path(record.folder, record.shard)
     where = f"{path}: row {record.row} (id {record.id!r})"
-    with reading(path):
-        require_regular(path)
-        changed = path.stat().st_mtime_ns
     try:
-        slices = open_shard(path, changed)
-        tensors = {name: unpad(t[record.row]) for name, t in slices.items()}
+        require_regular(path)
+        slices = open_shard(path, path.stat().st_mtime_ns)
+        tensors = {name: unpad(t[record.row].int()) for name, t in slices.items()}
     except Exception as error:  # safetensors raises its own type, IndexError, OSError, …
-        raise InputError(f"{where}: cannot read: {error}") from None
+        raise InputError(f"{where}: cannot read: {reason(error)}") from None
     if digest(tensors) != record.digest:
         raise InputError(f"{where}: not the tensors of this record; was the file made again?")
     return {name: t.long() for name, t in tensors.items()}
@@ -154,7 +153,7 @@ def check_table(model, records: Lines, codes: tuple[str, ...], ids: tuple[str, .
     codes, ids: names of the tensors that hold them. One shard at a time is in memory.
     """
     for shard in sorted(records.shards):
-        path = records.path.with_name(shard)
+        path = records.path.parent / shard
         tensors = load_tensors(path)
         absent = [name for name in (*codes, *ids) if name not in tensors]
         if absent:

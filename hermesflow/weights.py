@@ -101,7 +101,7 @@ def read_tensors(file: str) -> dict:
 
 
 def is_safetensors(file: str) -> bool:
-    """By its name; a shard may have any, and then by what stands behind the length of its header."""
+    """By its name. A shard may have any, and is told by the header behind the first 8 bytes."""
     if file.endswith((".safetensors", ".bin")):
         return file.endswith(".safetensors")
     with reading(file), open(file, "rb") as content:

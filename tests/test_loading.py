@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 import model as wrapper
 from conftest import GOLDEN, ROOT
 from hermesflow import weights as reading
-from hermesflow.checkpoints import phi_config
+from hermesflow.checkpoints import load_tokenizer, phi_config, save_tokenizer
 from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
 from hermesflow.pictures import load_image
@@ -162,6 +163,60 @@ def test_saved_folder_is_what_the_original_reads(tiny, tmp_path):
     assert phi["qk_layernorm"] is True
 
 
+# names of classes that transformers 4.41, the original's, has
+OLD_CLASSES = {"words": "PreTrainedTokenizerFast", "phi-1_5": "CodeGenTokenizer"}
+
+
+@pytest.mark.parametrize("kind", OLD_CLASSES)
+def test_saved_tokenizer_is_what_the_original_reads(tmp_path, kind):
+    """The class has an old name, merges are "a b", and nothing says how it was loaded."""
+    tokenizer = word_tokenizer()
+    if kind == "phi-1_5":
+        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "phi-1_5-tokenizer")
+    save_tokenizer(tokenizer, tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == OLD_CLASSES[kind]
+    assert config["bos_token"] == config["eos_token"] == "<|endoftext|>"
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & config.keys()
+    content = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]
+    if kind == "phi-1_5":
+        golden = (GOLDEN / "phi-1_5-tokenizer" / "merges.txt").read_text().splitlines()
+        merges = [line for line in golden if line and not line.startswith("#version")]
+        assert content["merges"] == merges and len(merges) == 50000
+        assert merges[:3] == ["Ġ t", "Ġ a", "h e"]
+
+    loaded = load_tokenizer(tmp_path / "one")
+    assert type(loaded).__name__ in (OLD_CLASSES[kind], "TokenizersBackend")
+    assert len(loaded) == len(tokenizer)
+    for text in ("a big red ring", "  Two small, blue rings!\n", "café 日本 🙂", "a<|endoftext|>b"):
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+    save_tokenizer(loaded, tmp_path / "two")  # as every round does
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_saved_tokenizer_keeps_its_special_tokens(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|a|>"], "pad_token": "[PAD]"})
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["<|a|>"]  # a list of the new name stops 4.57
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.extra_special_tokens == ["<|a|>"] and loaded.pad_token == "[PAD]"
+    assert len(loaded) == len(word_tokenizer()) + 2
+
+
+def test_merges_that_have_no_old_form(tmp_path):
+    """A part that holds a space can only be written in the new form."""
+    bpe = models.BPE({"<|endoftext|>": 0, "a": 1, " ": 2, "a ": 3}, [("a", " ")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), bos_token="<|endoftext|>",
+                                        eos_token="<|endoftext|>")
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert content["model"]["merges"] == [["a", " "]]
+    assert load_tokenizer(tmp_path)("a a").input_ids == [3, 1]
+
+
 def test_bfloat16_is_saved_in_full_precision(tiny, tmp_path):
     save(tiny, tmp_path / "one")
     model = load(tmp_path / "one", dtype=torch.bfloat16)
@@ -216,15 +271,16 @@ def write_bin(folder, weights: dict, new_format: bool = True) -> None:
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
 
 
-def write_sharded(folder, weights: dict, save_shard, end: str) -> None:
+def write_sharded(folder, weights: dict, save_shard, end: str, index: str | None = None,
+                  shard: str = "part-{}") -> None:
     names = sorted(weights)
     weight_map = {}
     for i in range(3):
-        file = f"part-{i}{end}"
+        file = shard.format(i) + end
         save_shard({k: weights[k] for k in names[i::3]}, folder / file)
         weight_map |= dict.fromkeys(names[i::3], file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"pytorch_model{end}.index.json").write_text(json.dumps(index))
+    content = {"metadata": {}, "weight_map": weight_map}
+    (folder / (index or f"pytorch_model{end}.index.json")).write_text(json.dumps(content))
 
 
 WRITE = {
@@ -235,6 +291,22 @@ WRITE = {
     "sharded bin": lambda folder, weights: write_sharded(folder, weights, torch.save, ".bin"),
     "sharded safetensors":
         lambda folder, weights: write_sharded(folder, weights, save_file, ".safetensors"),
+    # as diffusers, and with it the original program, writes them
+    "diffusers bin":
+        lambda folder, weights: torch.save(weights, folder / "diffusion_pytorch_model.bin"),
+    "diffusers safetensors":
+        lambda folder, weights: save_file(weights, folder / "diffusion_pytorch_model.safetensors"),
+    "sharded diffusers bin": lambda folder, weights: write_sharded(
+        folder, weights, torch.save, ".bin", "diffusion_pytorch_model.bin.index.json",
+        "diffusion_pytorch_model-0000{}-of-00003"),
+    "sharded diffusers safetensors": lambda folder, weights: write_sharded(
+        folder, weights, save_file, ".safetensors", "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model-0000{}-of-00003"),
+    # shards with names that say nothing
+    "sharded, named otherwise": lambda folder, weights: write_sharded(
+        folder, weights, torch.save, "", "pytorch_model.bin.index.json", "{}.ckpt"),
+    "sharded safetensors, named otherwise": lambda folder, weights: write_sharded(
+        folder, weights, save_file, "", "model.safetensors.index.json", "shard {}"),
 }
 
 
@@ -258,6 +330,71 @@ def test_half_precision_checkpoint_is_loaded_as_float32(published, tiny):
             rounded = v.half().float() if v.is_floating_point() else v
             # equal, and of the same type
             torch.testing.assert_close(loaded[k], rounded, rtol=0, atol=0)
+
+
+NAMES = ("pytorch_model", "model", "diffusion_pytorch_model")
+HALF = [f"{name}.fp16.{end}" for name in NAMES for end in ("safetensors", "bin")]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_variant_of_half_precision(published, tiny, name):
+    """`variant="fp16"` of transformers and diffusers."""
+    write = save_file if name.endswith(".safetensors") else torch.save
+    write(halved(published.weights), published.showo / name)
+    for k, value in published.load().net.state_dict().items():
+        torch.testing.assert_close(value, tiny.net.state_dict()[k].half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("end", [".safetensors", ".bin"])
+def test_shards_of_half_precision(published, tiny, name, end):
+    """`fp16` stands before the last dot of the index, and before the number of a shard."""
+    write = save_file if end == ".safetensors" else torch.save
+    write_sharded(published.showo, halved(published.weights), write, end,
+                  f"{name}{end}.index.fp16.json", name + ".fp16-0000{}-of-00003")
+    for k, value in published.load().net.state_dict().items():
+        torch.testing.assert_close(value, tiny.net.state_dict()[k].half().float(), rtol=0, atol=0)
+
+
+def test_full_precision_comes_first(published, tiny):
+    """Even in shards, and however they are called."""
+    for name in HALF:
+        (published.showo / name).write_bytes(b"nobody reads it")
+    WRITE["sharded diffusers bin"](published.showo, published.weights)
+    assert_same(published.load(), tiny)
+
+
+def test_order_of_the_names(tmp_path):
+    """Each wins over all behind it; these are all that are read."""
+    (tmp_path / "a shard").touch()
+    for name in reading.WEIGHTS:
+        (tmp_path / name).write_text('{"weight_map": {"x": "a shard"}}')
+    found = []
+    while any(tmp_path.glob("*model*")):
+        path, files = reading.find_weights(tmp_path)
+        found.append(os.path.basename(path))
+        sharded = ".index." in found[-1]
+        assert files == [str(tmp_path / "a shard") if sharded else path]
+        os.remove(path)
+    assert found == reading.WEIGHTS
+    ends = ["safetensors", "bin", "safetensors.index.json", "bin.index.json"]
+    half = ["fp16.safetensors", "fp16.bin", "safetensors.index.fp16.json", "bin.index.fp16.json"]
+    assert found == [f"{name}.{end}" for end in ends + half for name in NAMES]
+
+
+@pytest.mark.parametrize("value, refused", [(True, True), (False, False), (None, False)])
+def test_show_o_with_clip(published, tiny, value, refused):
+    """The CLIP-ViT variants see images as continuous features, and have a projector for them."""
+    published.change(w_clip_vit=value)
+    if not refused:
+        WRITE["bin"](published.showo, published.weights)
+        return assert_same(published.load(), tiny)
+    projector = {"mm_projector.0.weight": torch.zeros(2048, 1024)}
+    WRITE["bin"](published.showo, published.weights | projector)
+    assert error(published.load) == (
+        f"{published.showo}/config.json: field 'w_clip_vit' is true: this Show-o understands images "
+        "by continuous CLIP-ViT features, not by the codes that it draws; take one of codes only, "
+        "such as showlab/show-o-512x512")
 
 
 def test_flags_come_before_the_checkpoints_own_tokenizers(published, tiny, tmp_path):
@@ -550,9 +687,8 @@ def test_tensors_in_another_order(published, tiny):
 def test_shard_is_missing(published):
     WRITE["sharded bin"](published.showo, published.weights)
     (published.showo / "part-1.bin").unlink()
-    message = error(published.load)
-    for part in ("pytorch_model.bin.index.json", "weight_map", "part-1.bin"):
-        assert part in message
+    index = published.showo / "pytorch_model.bin.index.json"
+    assert error(published.load) == f"{index}: field 'weight_map': 'part-1.bin' is missing"
 
 
 @pytest.mark.parametrize("index", [
@@ -567,9 +703,10 @@ def test_broken_shard_index(published, index):
 
 
 def test_no_weights(published):
-    message = error(published.load)
-    for part in (str(published.showo), "pytorch_model.bin", "pytorch_model.safetensors"):
-        assert part in message
+    assert error(published.load) == (
+        f"{published.showo}: pytorch_model.safetensors is missing; it could also begin with model "
+        "or diffusion_pytorch_model, and end with bin, safetensors.index.json, bin.index.json, "
+        "fp16.safetensors, fp16.bin, safetensors.index.fp16.json, bin.index.fp16.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"vocab_size": NaN}'])
@@ -785,7 +922,7 @@ def test_no_text_tokenizer(published, monkeypatch, tmp_path, empty):
     if empty:
         (tmp_path / "nothing").mkdir()
     message = error(load, published.showo, published.vq, str(tmp_path / "nothing"))
-    why = "cannot load as AutoTokenizer" if empty else "neither a folder here nor reachable"
+    why = "cannot load as AutoTokenizer" if empty else "no such folder, and no name of a hub"
     assert message.startswith(f"{tmp_path / 'nothing'}: {why}")
 
 

@@ -724,17 +724,6 @@ def test_original_objects_without_brackets(original, layout):
     assert list(read_records(*paths)) == expected
 
 
-def test_many_original_objects_are_read_in_a_moment(original):
-    """With brackets or without, time grows with their number."""
-    record = original.records[0] | {"caption": "A cat. " * 150}
-    path = original.folder / "initial_data.json"
-    objects = ",\n".join(json.dumps(record | {"id": i}) for i in range(20_000))  # 24 MB
-    path.write_text(objects + ",")
-    start = time.process_time()
-    assert len(read_records(path)) == 20_000
-    assert time.process_time() - start < 20
-
-
 def test_questions_join_our_own_records_too(original):
     path = original.folder / "records.jsonl"
     write_jsonl(path, [Record("10", "a.png", "c", questions=[QUESTIONS[0]]),

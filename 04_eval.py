@@ -26,8 +26,8 @@ import os
 from functools import cache
 from pathlib import Path
 
-from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, deciding, judging_models,
-                              note_scored_images, record_items, scored_images)
+from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, VQA, deciding,
+                              judging_models, note_scored_images, record_items, scored_images)
 from evals.metrics import EvalRecord, evaluate, finished_table
 from evals.official import files_below
 from hermesflow.contents import ROOT
@@ -61,8 +61,8 @@ def parse_args(argv=None):
     add("--benchmark", choices=[*UNDERSTANDING, *GENERATION], help="instead of --records")
     add("--data", type=folder, help="folder with the benchmark's official files")
     add("--detector", default="facebook/mask2former-swin-small-coco-instance", help="for geneval")
-    add("--clip", help=f"for geneval [{CLIP['geneval']}] and clipscore [{CLIP['clipscore']}]")
-    add("--vqa", default="Salesforce/blip-vqa-capfilt-large", help="for dpg")
+    add("--clip", help=f"for {', '.join(CLIP)} [what each is defined with]")
+    add("--vqa", help=f"for {', '.join(VQA)} [what each is defined with]")
     add = parser.add_argument_group("compare and report").add_argument
     add("--compare", type=folder, nargs="+", metavar="OUT", help="compare finished evaluations")
     add("--across", type=lambda text: text.replace("-", "_"), nargs="+", default=[],
@@ -86,7 +86,8 @@ def parse_args(argv=None):
     if args.guidance_interval[0] > args.guidance_interval[1]:
         parser.error("--guidance-interval: the first share is above the second")
     args.clip = args.clip or CLIP.get(args.benchmark)
-    for name in ("model", "judge", "caption_scorer", "matcher", "detector", "vqa"):
+    args.vqa = args.vqa or VQA.get(args.benchmark)
+    for name in ("model", "judge", "caption_scorer", "matcher", "detector"):
         if not getattr(args, name).strip():
             parser.error(f"--{name.replace('_', '-')} is empty")
     return unless_dry_run(args)

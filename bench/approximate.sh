@@ -28,5 +28,5 @@ evaluate steps-5 --steps 5
 wait $!
 evaluate last-half --steps 20 --guidance-interval 0.5 1
 python 04_eval.py --compare "$OUT"/{exact,steps-10,steps-5,first-half,last-half} \
-  --out "$OUT/compare"
+  --across steps guidance-interval --out "$OUT/compare"
 python bench/approximate.py

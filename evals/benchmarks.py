@@ -15,15 +15,22 @@ from hermesflow.jsonl import lines_of, resolve_image
 from hermesflow.outputs import Output, read_mark, write_mark
 
 # file names in this folder
-UNDERSTANDING = ("pope", "mme", "vqav2", "gqa", "mmmu", "flickr30k")
-GENERATION = ("geneval", "dpg", "clipscore", "fid", "tifa")
+UNDERSTANDING = ("pope", "mme", "vqav2", "gqa", "mmmu", "mmbench", "seedbench", "flickr30k")
+GENERATION = ("geneval", "geneval2", "dpg", "t2i_compbench", "clipscore", "pickscore", "fid",
+              "tifa")
+
+# the models that the benchmarks are defined with
 CLIP = {"geneval": "openai/clip-vit-large-patch14",  # the official colour classifier
-        "clipscore": "openai/clip-vit-base-patch32"}
+        "clipscore": "openai/clip-vit-base-patch32",
+        "pickscore": "yuvalkirstain/PickScore_v1"}
+BLIP = "Salesforce/blip-vqa-capfilt-large"
+VQA = {"dpg": BLIP, "t2i_compbench": BLIP, "geneval2": "Qwen/Qwen3-VL-8B-Instruct"}
 
 # None: the gap protocol
 DRAWING = ("steps", "guidance", "temperature", "anneal", "guidance_interval", "seed")
 MODELS = {None: ("judge", "caption_scorer", "matcher"), "tifa": ("judge", "matcher"),
-          "geneval": ("detector", "clip"), "dpg": ("vqa",), "clipscore": ("clip",)}
+          "geneval": ("detector", "clip"), "dpg": ("vqa",), "clipscore": ("clip",),
+          "geneval2": ("vqa",), "t2i_compbench": ("vqa",), "pickscore": ("clip",)}
 NO_MODELS = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher": ("text",)}
 
 COMPARED = (*DRAWING, *MODELS[None], "max_new_tokens", "dtype", "records")  # as --compare wants

@@ -208,19 +208,8 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-@contextmanager
-def only_errors():
-    """Without the tables in which transformers reports what a file lacks, or has besides."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def load_hf(kind, name: str, **settings):
-    """A model or processor of any transformers class. Raises InputError if it does not load.
+    """A model or processor of any transformers class. Raises InputError if it does not load whole.
 
     Code that its folder may hold is neither asked about nor run.
     """
@@ -234,16 +223,40 @@ def load_hf(kind, name: str, **settings):
         with only_errors():
             loaded = kind.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as error:
+        why = reason(error)
+    else:
+        why = missing_parameters(*loaded) if is_model else missing_words(loaded)
+    if why:
         needed = (CONFIG, MODEL) if is_model else NEEDED.get(kind.__name__, ())
-        why = (not is_here and hub.lacks(str(name), needed)) or reason(error)
-        raise InputError(f"{name}: cannot load as {kind.__name__} ({why})") from None
-    if not is_model:
-        return loaded
-    model, info = loaded
-    parameters = {n for n, _ in model.named_parameters()}
-    # transformers draws them at random; whatever else is missing is computed and not learnt
-    missing = sorted(n for n in info["missing_keys"] if n in parameters and OPTIONAL not in n)
-    if missing:
-        why = f"{len(missing)} of {len(parameters)} parameters are missing: {some_of(missing)}"
+        why = (not is_here and hub.lacks(str(name), needed)) or why
         raise InputError(f"{name}: cannot load as {kind.__name__} ({why})")
-    return model
+    return loaded[0] if is_model else loaded
+
+
+@contextmanager
+def only_errors():
+    """Without the tables in which transformers reports what a file lacks, or has besides."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def missing_parameters(model: PreTrainedModel, info: dict) -> str:
+    """Those that transformers draws at random; what else is missing is computed and not learnt."""
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = [n for n in info["missing_keys"] if n in parameters and OPTIONAL not in n]
+    if not missing:
+        return ""
+    return f"{len(missing)} of {len(parameters)} parameters are missing: {some_of(sorted(missing))}"
+
+
+def missing_words(processor) -> str:
+    """Without the file of a vocabulary, transformers makes a tokenizer of special tokens only."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_vocab"):
+        return ""
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return "" if len(words) > 1 else "the vocabulary of its tokenizer is missing"

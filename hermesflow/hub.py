@@ -34,8 +34,9 @@ def find(repository: str, name: str) -> str | None:
         return hf_hub_download(repository, name, local_files_only=bool(offline))
     except errors.LocalEntryNotFoundError as error:
         if not offline:
-            message = f"{name} does not come from {endpoint} ({reason(error)})"
-            raise InputError(f"{repository}: {message}") from None
+            message = f"{name} cannot be downloaded from {endpoint}"
+            cause = error.__cause__ or error
+            raise InputError(f"{repository}: {message} ({reason(cause)})") from None
         if not is_cached(repository):
             message = f"neither a folder here nor in the hub's cache ({constants.HF_HUB_CACHE})"
             raise InputError(f"{repository}: {message}, and {offline}") from None

@@ -281,7 +281,7 @@ def save(model: Model, folder, weights: dict | None = None) -> None:
     """Write one self-contained checkpoint folder, in float32, under the published names.
 
     weights: the network's parameters if they are not in the model itself (sharded training). The
-    original program reads config.json and pytorch_model.safetensors; the sub-folders are ours.
+    original program reads all of it; hermesflow/README.md says which of its settings names what.
     """
     config = {**model.config, "_class_name": "Showo"}
     with atomic(folder) as temporary:

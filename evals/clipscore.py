@@ -4,11 +4,13 @@ source       jmhessel/clipscore; papers' COCO "CLIP-Score"
 DATA         a records file with captions; no images are needed
 writes       OUT/images/<id>.png, one image per record
 exact        both scores
-approximated nothing
+approximated what ftfy does to wrongly decoded text; its quotes, widths, ligatures are as official
 
     python 04_eval.py --benchmark clipscore --data records.jsonl --model toy/base --out runs/clip
 """
 
+import html
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,24 @@ from hermesflow.records import about
 
 WRITES = ()  # but the images
 PREFIX = "A photo depicts "
+
+
+# what ftfy.fix_text does to legible text
+FIXED = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
+FIXED |= dict.fromkeys(range(0x201C, 0x2020), '"')
+WIDE_OR_JOINED = [0x3000, *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB05), 0xFB06]
+FIXED |= {c: unicodedata.normalize("NFKC", chr(c)) for c in WIDE_OR_JOINED}
+
+
+def clip_text(text: str) -> str:
+    """What OpenAI's tokeniser does first, and that of transformers not: straight quotes, no HTML.
+
+    An ellipsis stays one character.
+    """
+    if "<" not in text:  # else it may be HTML, to ftfy
+        text = html.unescape(text)
+    text = unicodedata.normalize("NFC", text.translate(FIXED))
+    return html.unescape(html.unescape(text)).strip()
 
 
 def clip_score(cosines) -> np.ndarray:
@@ -41,7 +61,8 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     with_prefix = []
     for record, file in tqdm(drawn, desc="CLIP"):
         with about(f"id {record.id!r}"):
-            texts = clip.texts([record.drawing_text, PREFIX + record.drawing_text])  # (2, D)
+            captions = [record.drawing_text, PREFIX + record.drawing_text]
+            texts = clip.texts([clip_text(caption) for caption in captions])  # (2, D)
             image = clip.images([read_picture(file)])[0]  # (D,)
         plain, prefixed = (texts @ image).tolist()
         without_prefix.append(plain)

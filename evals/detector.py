@@ -34,7 +34,7 @@ class Detector:
     """Objects in an image, and their colours. names: of the model's classes, in order."""
 
     def __init__(self, detector: str, clip: str, names: list[str], device):
-        self.processor = load_hf(AutoImageProcessor, detector, size=MMDET_SIZE)
+        self.processor = load_hf(AutoImageProcessor, detector, size=MMDET_SIZE, size_divisor=0)
         self.model = load_mask2former(detector).to(device)
         self.clip = Clip(clip, device)
         self.name = detector
@@ -47,21 +47,28 @@ class Detector:
         score: class probability × mean mask probability inside the mask; box: (x0, y0, x1, y1) in
         pixels, x1 and y1 exclusive; mask: (H, W) bool. A query with an empty mask is left out.
         """
-        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
-        out = self.model(**inputs)
+        height, width = resized(image.size[::-1])
+        size = {"height": height, "width": width}
+        inputs = self.processor(images=image, size=size, return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.model.device)  # (1, 3, height, width)
+        # the processor would stretch to multiples of 32; mmdet pads
+        pixels = F.pad(pixels, (0, -width % 32, 0, -height % 32))
+        out = self.model(pixel_values=pixels)
         require_finite(out.class_queries_logits, self.name)
         require_finite(out.masks_queries_logits, self.name)
         classes = out.class_queries_logits[0].softmax(-1)[:, :-1]  # (Q, 80), without "nothing"
         values, index = classes.flatten().topk(min(top, classes.numel()))
-        masks = out.masks_queries_logits  # (1, Q, h, w)
-        masks = F.interpolate(masks, image.size[::-1], mode="bilinear", align_corners=False)[0]
+        # up to the padded input, without the padding, then to the image
+        masks = bilinear(out.masks_queries_logits, pixels.shape[-2:])
+        masks = bilinear(masks[..., :height, :width], image.size[::-1])[0]  # (Q, H, W)
         detections = []
-        for value, i in zip(values.tolist(), index.tolist()):
+        for value, i in zip(values, index.tolist()):
             query, label = divmod(i, classes.shape[1])
             logits = masks[query]  # (H, W)
             mask = logits > 0
             if mask.any():
-                score = value * logits[mask].sigmoid().mean().item()
+                mean = logits[mask].sigmoid().sum() / (mask.sum() + 1e-6)
+                score = (value * mean).item()  # a float32
                 detections.append({"class": self.names[label], "score": score,
                                    "box": bounding_box(mask), "mask": mask.cpu()})
         return detections
@@ -85,8 +92,28 @@ class Detector:
         return F.normalize(torch.stack(means), dim=-1)
 
 
+def resized(size: tuple[int, int]) -> tuple[int, int]:
+    """As mmcv: short side to 800, unless the long one gets more than 1333; halves round up."""
+    scale = min(MMDET_SIZE["longest_edge"] / max(size), MMDET_SIZE["shortest_edge"] / min(size))
+    return tuple(int(side * scale + 0.5) for side in size)
+
+
+def bilinear(masks: torch.Tensor, size) -> torch.Tensor:
+    """(1, Q, h, w) to (1, Q, *size)."""
+    return F.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
+
+
 def bounding_box(mask: torch.Tensor) -> tuple[int, int, int, int]:
     """(x0, y0, x1, y1) around the True pixels of (H, W); x1 and y1 exclusive."""
     rows, columns = torch.nonzero(mask, as_tuple=True)
     left, top = columns.min().item(), rows.min().item()
     return left, top, columns.max().item() + 1, rows.max().item() + 1
+
+
+def iou(a, b) -> float:
+    """Intersection over union of two boxes, which include their last pixel."""
+    def area(x0, y0, x1, y1):
+        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
+
+    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return both / (area(*a) + area(*b) - both or 1)

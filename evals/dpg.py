@@ -170,7 +170,7 @@ def split_grid(file: Path) -> list[Image.Image]:
 
 
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
-    """Both scores, and the items without one."""
+    """Both scores, each with the items that have none."""
     questions = read(data / "dpg_bench.csv")
     by_item = defaultdict(list)
     for q in questions:
@@ -187,8 +187,8 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     write_text(out / "answers.json", json.dumps(answers) + "\n")
 
     scores = both_scores(questions, answers)
-    metrics = {"judge": f"{names.vqa} (the official one is mPLUG-large)",
-               "failed": scores["correct"]["failed"]}
+    metrics = {"judge": f"{names.vqa} (the official one is mPLUG-large)"}
     for name, result in scores.items():
-        metrics[name] = {key: result[key] for key in ("dpg_score", "L1", "L2")}
+        metrics[name] = {key: result[key] for key in ("dpg_score", "L1", "L2", "failed")}
+        metrics[name]["failed_count"] = len(result["failed"])
     return metrics

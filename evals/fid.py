@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from evals.inception import Inception
 from evals.judges import ModelNames, require_finite
-from evals.official import expected, require
+from evals.official import expected, read_picture, require
 from evals.policy import draw_records
 from hermesflow.files import InputError, reason
-from hermesflow.pictures import load_image
 from hermesflow.weights import load_weights, read_bin
 
 STATISTICS = "MS-COCO_val2014_fid_stats.npz"
@@ -81,12 +81,24 @@ def load_inception(path: Path) -> Inception:
     return network.eval()
 
 
+def inception_pixels(picture: Image.Image) -> torch.Tensor:
+    """(3, 299, 299) in [-1, 1], as the statistics were made: centre crop, then bicubic to 299."""
+    width, height = picture.size
+    side = min(width, height)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    square = square.resize((299, 299), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(square, dtype=np.float32) / 255)
+    return pixels.permute(2, 0, 1) * 2 - 1
+
+
 @torch.inference_mode()
 def inception_features(network: Inception, files: list[Path], device) -> np.ndarray:
     """(images, 2048) float64."""
     features = []
     for start in tqdm(range(0, len(files), BATCH), desc="Inception"):
-        images = [load_image(f, 299) for f in files[start : start + BATCH]]
+        images = [inception_pixels(read_picture(f)) for f in files[start : start + BATCH]]
         pixels = torch.stack(images).to(device)  # (B, 3, 299, 299)
         batch = network(pixels).double().cpu()  # (B, 2048)
         for file, own in zip(files[start:], batch):

@@ -4,7 +4,7 @@ source       Karpathy's splits; pycocoevalcap (cider_scorer.py)
 DATA         dataset_flickr30k.json (1,000 test images, five captions each), images/
 writes       OUT/flickr30k_captions.json
 exact        CIDEr-D
-approximated the PTB tokeniser, which is Java
+approximated the PTB tokeniser, which is Java: equal on captions, not on versions and file names
 
     python 04_eval.py --benchmark flickr30k --data Flickr30k --model toy/base --out runs/flickr30k
 """
@@ -39,14 +39,42 @@ def read(path, split: str = "test") -> dict[str, list[str]]:
     return captions
 
 
-def ptb_words(text: str) -> str:
-    """An approximation of pycocoevalcap's PTB tokeniser.
+# what the lexer reads typographic characters as
+PLAIN = str.maketrans({
+    "\u2018": "'", "\u2019": "'", "\u201b": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"',
+    "\u2013": " -- ", "\u2014": " -- ", "\u2026": "...", "\u00a3": "#", "\u20ac": "$",
+    "\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4"})
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+PARTED = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta",
+          "lemme": "lem me", "gimme": "gim me"}
+ABBREVIATIONS = """
+jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri calif conn fla colo
+ariz ind mich minn tenn wis okla va ga ky inc co cos corp ltd plc dept assn univ intl sys mr mrs ms
+dr drs prof profs sen sens rep reps atty lt col gen messrs gov govs adm rev maj sgt cpl pvt capt st
+ste ave pres lieut hon brig cmdr pfc spc supt det ph tel est ext sq ft jr sr bros blvd rd esq etc al
+seq vs cf mt bldg
+""".split()
+WORDS = "|".join([
+    r"https?://\S+", r"www\.\S+", r"[\w.-]+@[\w.-]+\w", r"[#@][a-z]\w*", r"[:;]-?[()]",
+    rf"\b(?:{'|'.join(ABBREVIATIONS)})\.(?!\w)",
+    r"\b(?:nos?|prop|fig|pp)\.(?=\s*\d)", r"\bph\.d\.?",
+    r"\b[a-z](?:\.[a-z])+\b\.?(?:-\w+)*", r"\b[a-z]\.(?![\w.])",  # u.s., u.s.-made, j.
+    r"'(?:s|m|d|re|ve|ll)\b", r"\bn't\b", r"'\d\ds\b", r"'n'", r"\by'(?=all\b)",
+    r"\b[dol]'\w{2,}", r"ma'am",
+    r"\bat&t\b", r"\br&b\b", r"\d+:\d+", r"[+-]?(?<![\w.])\.?\d+(?:[.,/]\d+)*(?![\w/-])",
+    r"\w+(?:[-/]\w+)*(?:[.?!]\w+)*", r"[?!]{2,}|#{2,}", r"[][(){}$%&#@+=*/^~|<>\\\u00b0]"])
 
-    Lower case, 's and n't apart, punctuation gone; words are joined by spaces.
+
+def ptb_words(text: str) -> str:
+    """pycocoevalcap's PTB tokeniser, as far as captions need it; words are joined by spaces.
+
+    Lower case, clitics apart; punctuation is dropped, but abbreviations keep their periods, and
+    brackets have names: pycocoevalcap drops these in upper case alone.
     """
-    text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text.lower())
-    words = r"'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,]\d+)+|\w+(?:[-']\w+)*|[$%&#@+=*]"
-    return " ".join(re.findall(words, text))
+    text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text.translate(PLAIN).lower())
+    text = re.sub(r"\b(?:" + "|".join(PARTED) + r")\b", lambda m: PARTED[m[0]], text)
+    words = re.findall(WORDS, text)
+    return " ".join(re.sub(r"[][(){}]", lambda m: BRACKETS[m[0]], word) for word in words)
 
 
 # ------------------------------------------------------------------------------------------ CIDEr-D

@@ -5,7 +5,7 @@ DATA         evaluation_metadata.jsonl (from prompts/), object_names.txt (from e
 writes       OUT/images/<index>/metadata.jsonl and samples/0000<k>.png beside it, four images per
              prompt: the official layout; OUT/results.jsonl
 exact        all rules, mmdet's post-processing
-approximated the detector is transformers' Mask2Former (detector.py); its processor resizes images
+approximated the detector is transformers' Mask2Former (detector.py); Pillow resizes images
 
     python 04_eval.py --benchmark geneval --data GENEVAL --model toy/base --out runs/geneval
 """
@@ -13,12 +13,13 @@ approximated the detector is transformers' Mask2Former (detector.py); its proces
 import json
 from collections import defaultdict
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from evals.detector import COLORS, Detector
+from evals.detector import COLORS, Detector, iou
 from evals.judges import ModelNames
 from evals.official import expected, get, read_json_lines, read_picture, require, write_prompt
 from hermesflow.files import read_text, write_text
@@ -70,27 +71,20 @@ def kept_objects(detections: list[dict], tag: str, threshold: float = 0.3,
     """The detections that count, per class, best first.
 
     detections: {"class", "score", "box": (x0, y0, x1, y1) pixels, …}. max_overlap 1: no NMS.
+    Scores compare in float32, as mmdet gives them: exactly 0.3 does not count.
     """
-    least = counting_threshold if tag == "counting" else threshold
+    least = np.float32(counting_threshold if tag == "counting" else threshold)
     objects = {}
     for name in dict.fromkeys(d["class"] for d in detections):
-        candidates = [d for d in detections if d["class"] == name and d["score"] > least]
+        own = [(np.float32(d["score"]), d) for d in detections if d["class"] == name]
+        candidates = sorted([c for c in own if c[0] > least], key=itemgetter(0))
         kept = []
-        for d in sorted(candidates, key=lambda d: d["score"])[::-1][:max_objects]:
+        for _, d in candidates[::-1][:max_objects]:
             if max_overlap == 1 or all(iou(k["box"], d["box"]) < max_overlap for k in kept):
                 kept.append(d)
         if kept:
             objects[name] = kept
     return objects
-
-
-def iou(a, b) -> float:
-    """Intersection over union of two boxes, which include their last pixel."""
-    def area(x0, y0, x1, y1):
-        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
-
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return both / (area(*a) + area(*b) - both or 1)
 
 
 def relative_position(a, b, threshold: float = 0.1) -> set[str]:
@@ -194,7 +188,9 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
                     detection["color"] = detector.color(image, detection)
             result = check_image(prompt, objects)
             results.append((prompt, result["correct"]))
-            line = dict(filename=str(file), tag=prompt["tag"], prompt=prompt["prompt"], **result)
+            # summary_scores.py groups by the text of the metadata
+            line = dict(filename=str(file), tag=prompt["tag"], prompt=prompt["prompt"], **result,
+                        metadata=json.dumps(prompt))
             lines.append(json.dumps(line) + "\n")
     write_text(out / "results.jsonl", "".join(lines))
     return summary(results)

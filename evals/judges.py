@@ -10,17 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import (
-    MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoModelForVisualQuestionAnswering,
-    AutoProcessor,
-    CLIPModel,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoProcessor, CLIPModel
 
+from evals.judge_models import ModelJudge, require_finite
 from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
 from hermesflow.records import Question, Record
@@ -33,24 +25,6 @@ class ModelNames(NamedTuple):
     detector: str  # Mask2Former
     clip: str | None  # of geneval and clipscore
     vqa: str
-
-
-def require_finite(values: torch.Tensor, name: str) -> torch.Tensor:
-    """`values`. Raises InputError naming the model that gave them if they are NaN or infinite."""
-    if not values.isfinite().all():
-        raise InputError(f"{name}: its outputs are NaN or infinite")
-    return values
-
-
-class RefuseNaN(LogitsProcessor):
-    """Stops a text that a damaged model writes: the best of NaN is an answer like any other."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        require_finite(scores.amax(-1), self.name)  # (B,); −inf is a token that is not allowed
-        return scores
 
 
 def load_judge(name: str, model, match, max_new_tokens: int):
@@ -106,60 +80,6 @@ class SelfJudge:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # (1, 3, H, W)
         pixels = pixels.float() / 127.5 - 1
         return answer_questions(self.model, pixels, [questions], self.max_new_tokens)[0]
-
-    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
-        return is_correct(answers, questions, self.match)
-
-    def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
-        return all(correct)
-
-
-class ModelJudge:
-    """A transformers model: image-text-to-text (chat, with choices) or VQA (the plain question)."""
-
-    def __init__(self, name: str, match, device):
-        config = load_hf(AutoConfig, name)
-        self.is_vqa = type(config) in MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING
-        self.processor = load_hf(AutoProcessor, name)
-        kind = AutoModelForVisualQuestionAnswering if self.is_vqa else AutoModelForImageTextToText
-        self.model = load_hf(kind, name).to(device).eval()
-        self.match = match
-        self.name = name
-        self.refuse_nan = LogitsProcessorList([RefuseNaN(name)])
-
-    def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
-        if self.is_vqa:
-            return [self.vqa_answer(picture, q.question) for q in questions]
-        return [self.chat_answer(picture, q) for q in questions]
-
-    @torch.inference_mode()
-    def chat_answer(self, picture: Image.Image, question: Question) -> str:
-        choices = ", ".join(question.choices)
-        text = f"{question.question} Choose one of: {choices}. Answer with the choice only."
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-        ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False,
-                                  logits_processor=self.refuse_nan)[0]
-        answer = ids[inputs["input_ids"].shape[1] :]  # without the prompt
-        return self.processor.decode(answer, skip_special_tokens=True).strip()
-
-    @torch.inference_mode()
-    def vqa_answer(self, picture: Image.Image, question: str) -> str:
-        inputs = self.processor(images=picture, text=question, return_tensors="pt")
-        inputs = inputs.to(self.model.device)
-        # an answer is a class (ViLT) or a text (BLIP)
-        if hasattr(self.model.config, "id2label") and not self.model.can_generate():
-            best = require_finite(self.model(**inputs).logits, self.name).argmax(-1)
-            return self.model.config.id2label[int(best)]
-        ids = self.model.generate(**inputs, max_new_tokens=20,
-                                  logits_processor=self.refuse_nan)[0]
-        return self.processor.decode(ids, skip_special_tokens=True).strip()
 
     def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
         return is_correct(answers, questions, self.match)

@@ -75,7 +75,9 @@ def read_task(folder: Path) -> list[Question]:
 
 
 def prompt(question: Question) -> str:
-    return question.question.replace(" Please answer yes or no.", "") + SHORT_ANSWER
+    # some questions have two spaces before the sentence
+    asked = question.question.replace(" Please answer yes or no.", "").strip()
+    return asked + SHORT_ANSWER
 
 
 def parse_answer(answer: str) -> str:

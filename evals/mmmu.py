@@ -5,7 +5,7 @@ DATA         one *.jsonl: the dataset MMMU/MMMU exported as JSON lines, with its
              image_1 to image_7 are paths relative to the file (or null)
 writes       OUT/mmmu_predictions.json for main_eval_only.py and the evaluation server
 exact        prompts, parsing, scores
-approximated only a question's first image is shown, because Show-o sees one
+approximated nothing; as in the official code, only a question's first image is shown
 
     python 04_eval.py --benchmark mmmu --data MMMU --model toy/base --out runs/mmmu
 """
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from evals.letters import LETTER_ANSWER
 from evals.official import SHORT_ANSWER, get, only, percent, read_json_lines, require
 from hermesflow.files import write_text
 
@@ -59,8 +60,8 @@ def read(path) -> list[Question]:
         names = [f"image_{i}" for i in range(1, 8) if record.get(f"image_{i}") is not None]
         images = [os.path.join(os.path.dirname(path), get(record, n, str, where)) for n in names]
         id = get(record, "id", str, where)
-        question = get(record, "question", str, where)
-        questions.append(Question(id, question, lettered, images, answers))
+        text = get(record, "question", str, where)
+        questions.append(Question(id, text, lettered, images, answers))
     return questions
 
 
@@ -74,11 +75,11 @@ def text_list(text: str) -> list[str] | None:
 
 
 def prompt(question: Question) -> str:
+    """The official configs, in which YAML folds each blank line into one line break."""
     if not question.options:
-        return f"{question.question}\n{SHORT_ANSWER}"
+        return question.question + SHORT_ANSWER
     options = "".join(f"({letter}) {text}\n" for letter, text in question.options.items())
-    return (f"{question.question}\n\n{options}\n\n"
-            "Answer with the option's letter from the given choices directly.")
+    return f"{question.question}\n{options}{LETTER_ANSWER}"
 
 
 def parse_choice(response: str, options: dict[str, str]) -> str | None:
@@ -141,7 +142,6 @@ def parse_open(response: str) -> list:
         if tail and tail not in list(":,.!?;'"):
             texts.append(tail)
     texts = texts or [response]
-
     numbers = []
     for text in texts:
         for pattern in NUMBERS:
@@ -180,8 +180,8 @@ def score(questions: list[Question], predicted: list[str]) -> dict:
             subjects[q.subject].append(correct)
     require(subjects, "MMMU",
             "no question has a public answer; send the predictions to the evaluation server")
-    overall = percent(list(chain.from_iterable(subjects.values())))
-    return {"overall": overall, "subjects": {name: percent(s) for name, s in subjects.items()}}
+    shares = {name: percent(s) for name, s in subjects.items()}
+    return {"overall": percent(list(chain(*subjects.values()))), "subjects": shares}
 
 
 def write(path, questions: list[Question], predicted: list[str]) -> None:

@@ -3,7 +3,7 @@
 source       visualqa.org, GT-Vision-Lab/VQA (vqaEval.py)
 DATA         v2_OpenEnded_mscoco_*_questions.json, v2_mscoco_*_annotations.json (where the answers
              are public: not of the test splits), images/
-writes       OUT/vqa_results.json for the evaluation server
+writes       OUT/vqa_results.json for the evaluation server: normalised answers
 exact        normaliser, accuracy
 approximated nothing
 
@@ -21,6 +21,7 @@ from hermesflow.files import write_text
 from hermesflow.scoring import DIGITS
 
 WRITES = ("vqa_results.json",)
+RAW = "overall of raw answers"
 
 
 @dataclass
@@ -136,7 +137,8 @@ def normalise(text: str) -> str:
 def accuracy(answer: str, truth: list[str]) -> float:
     """vqaEval.py: min(1, matches / 3) against all people but one, mean over who is left out.
 
-    0 to 1. Both sides are normalised only where the people's answers differ.
+    0 to 1. Both sides are normalised only where the people's answers differ: of the answer "Yes",
+    ten times "yes" are no match.
     """
     differ = len({clean(t) for t in truth}) > 1
     form = normalise if differ else clean
@@ -145,22 +147,27 @@ def accuracy(answer: str, truth: list[str]) -> float:
 
 
 def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """Percent overall and per answer type."""
+    """Percent overall and per answer type, of normalised answers, as published numbers are."""
     require(all(q.answers for q in questions), "VQAv2",
             "scores need the annotations file; test splits have a server")
     groups = defaultdict(list)
     for q, answer in zip(questions, answers, strict=True):
-        value = accuracy(answer, q.answers)
+        value = accuracy(normalise(answer), q.answers)
         groups["overall"].append(value)
         groups[q.answer_type].append(value)
     return {group: percent(values) for group, values in groups.items()}
 
 
+def raw_score(questions: list[Question], answers: list[str]) -> float:
+    """Percent, of the answers as they are: what vqaEval.py says of a file of these."""
+    return percent([accuracy(a, q.answers) for q, a in zip(questions, answers, strict=True)])
+
+
 def write(path, questions: list[Question], answers: list[str]) -> None:
-    """Results for the evaluation server."""
+    """Results for the evaluation server, normalised as before an upload."""
     results = []
     for q, answer in zip(questions, answers, strict=True):
-        results.append({"question_id": q.question_id, "answer": answer})
+        results.append({"question_id": q.question_id, "answer": normalise(answer)})
     write_text(path, json.dumps(results))
 
 
@@ -171,4 +178,6 @@ def run(data: Path, out: Path, ask) -> dict:
                      annotations[0] if annotations else None)
     answers = ask([(data / "images" / q.image, prompt(q)) for q in questions])
     write(out / "vqa_results.json", questions, answers)
-    return score(questions, answers) if questions[0].answers else {}
+    if not questions[0].answers:
+        return {}
+    return score(questions, answers) | {RAW: raw_score(questions, answers)}

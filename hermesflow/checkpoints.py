@@ -214,9 +214,7 @@ def load_hf(kind, name: str, **settings):
     Code that its folder may hold is neither asked about nor run.
     """
     is_model = kind.__name__.startswith("AutoModel") or issubclass(kind, PreTrainedModel)
-    is_here = os.path.exists(name)
-    if not is_here:
-        hub.find(str(name), "config.json")  # raises if the repository is out of reach
+    hub.require(name)
     if is_model:
         settings["output_loading_info"] = True
     try:
@@ -228,7 +226,7 @@ def load_hf(kind, name: str, **settings):
         why = missing_parameters(*loaded) if is_model else missing_words(loaded)
     if why:
         needed = (CONFIG, MODEL) if is_model else NEEDED.get(kind.__name__, ())
-        why = (not is_here and hub.lacks(str(name), needed)) or why
+        why = (not os.path.exists(name) and hub.lacks(str(name), needed)) or why
         raise InputError(f"{name}: cannot load as {kind.__name__} ({why})")
     return loaded[0] if is_model else loaded
 

@@ -3,11 +3,14 @@
 Imports nothing heavy: a stage that has nothing left to do says so before torch is loaded.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -163,6 +166,42 @@ def is_ours(path) -> bool:
     """Whether a stage wrote `path`, as far as its output folder is held and knows."""
     path = Path(os.path.abspath(path))
     return all(str(path.relative_to(h.folder)) in h.written for h in holdings(path))
+
+
+def lock(out: Path) -> Holding:
+    """Hold `out` until this process ends, however it ends.
+
+    Raises InputError naming the process that holds it.
+    """
+    folder = Path(os.path.abspath(out))
+    with suppress(InputError, KeyError):
+        HELD[folder].check()
+        HELD[folder].read_manifests()
+        return HELD[folder]
+    with writing(out):
+        holding = Holding(folder, 0)
+    try:
+        # the system releases it with the process: no lock is ever stale
+        fcntl.flock(holding.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holding.lock.seek(0)
+        holder = holding.lock.read().strip() or "another process"
+        raise InputError(f"{out}: in use by {holder}") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"note: {out}: cannot be locked ({error.strerror}); run one stage at a time in it")
+    with writing(out):
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holding.lock.truncate(0)
+        holding.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        holding.lock.flush()
+    HELD[folder] = holding
+    return holding
+
+
+def share(out: Path, rank: int) -> None:
+    """Hold `out` in another process of the run that has locked it."""
+    folder = Path(os.path.abspath(out))
+    HELD[folder] = Holding(folder, rank)
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -62,6 +62,16 @@ def fetch(repository: str, name: str) -> str:
     return path
 
 
+def require(*names: str | None) -> None:
+    """Raises InputError unless each name is something here, or a repository in reach.
+
+    Asked before torch is imported, so that a typo is answered in a moment.
+    """
+    for name in names:
+        if name is not None and not os.path.exists(name):
+            find(str(name), "config.json")
+
+
 def absent(name: str) -> str:
     """What to say of a file that `find` did not find."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -81,8 +91,8 @@ def lacks(repository: str, groups: tuple[tuple[str, ...], ...]) -> str:
         if path is None:
             return absent(" or ".join(group))
         if path.endswith(".index.json"):
-            shards = sorted(set(read_object(path)["weight_map"].values()))
-            missing = [name for name in shards if find(repository, name) is None]
+            shards = dict(read_object(path).get("weight_map") or {}).values()
+            missing = sorted(n for n in set(shards) if find(repository, n) is None)
             if missing:
                 return absent(missing[0])
     return ""

@@ -5,12 +5,9 @@ stage writes. Imports nothing heavy: a complete stage says so before torch is lo
 """
 
 import errno
-import fcntl
 import json
 import os
-import socket
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from hermesflow.contents import ROOT, code_of, content, digest, pieces
-from hermesflow.files import (HELD, Holding, InputError, finished_path, read_object, reason, remove,
-                              write_text, writing, written_files)
+from hermesflow.files import (Holding, InputError, finished_path, lock, read_object, reason, remove,
+                              write_text, written_files)
 
 FORMAT = "3"  # of all files that stages write
 # what a stage continues from; removed when it is complete
@@ -110,7 +107,7 @@ def changes(output: Output, before: dict, now: dict) -> tuple[list[str], list[st
         new = now["inputs"].get(name)
         if old == new:
             continue
-        if old and new and has_grown(output.inputs[name], old, new):
+        if isinstance(old, dict) and new and has_grown(output.inputs[name], old, new):
             grown.append(f"{name}: {old['items']} -> {new['items']}")
         else:
             refused.append(f"content of --{name.replace('_', '-')}")
@@ -120,9 +117,10 @@ def changes(output: Output, before: dict, now: dict) -> tuple[list[str], list[st
 
 def has_grown(value, old: dict, new: dict) -> bool:
     """Whether the first items are the old ones."""
-    if not callable(value) or new["items"] <= old.get("items", new["items"]):
+    count = old.get("items")
+    if not callable(value) or type(count) is not int or not 0 <= count < new["items"]:
         return False
-    return content(lambda: islice(value(), old["items"])) == old["content"]
+    return content(lambda: islice(value(), count)) == old.get("content")
 
 
 # ------------------------------------------------------------------------------- before any work
@@ -222,12 +220,19 @@ def read_mark(output: Output) -> dict | None:
             message = f"made by another version (format {mark['format']} -> {FORMAT})"
             raise InputError(f"{output.folder}: {message}; use another --out")
         return None
-    mark = read_object(file)
-    if mark.get("format") != FORMAT and output.args["overwrite"]:
-        return None
-    if mark.get("format") != FORMAT:
-        message = f"made by another version (format {mark.get('format')} -> {FORMAT})"
-        raise InputError(f"{output.folder}: {message}; use another --out")
+    try:
+        mark = read_object(file)
+        kinds = dict.fromkeys(("settings", "inputs", "derived", "code"), dict)
+        for name, kind in {"stage": str, "format": str, "complete": bool, **kinds}.items():
+            if not isinstance(mark.get(name), kind):
+                raise InputError(f"{file}: field '{name}' is damaged; use --overwrite to begin again")
+        if mark["format"] != FORMAT:
+            message = f"made by another version (format {mark['format']} -> {FORMAT})"
+            raise InputError(f"{output.folder}: {message}; use --overwrite or another --out")
+    except InputError:
+        if output.args["overwrite"]:
+            return None
+        raise
     if mark.get("stage") != output.stage:
         message = f"holds the results of {mark.get('stage')}; {output.stage} needs another --out"
         raise InputError(f"{output.folder}: {message}")
@@ -307,42 +312,3 @@ def empty(holding: Holding) -> None:
                     parent.rmdir()
     remove(folder / "settings.json", *holding.private.glob("written-*"))
     holding.written = set()
-
-
-# ------------------------------------------------------------------------------------------- locks
-
-
-def lock(out: Path) -> Holding:
-    """Hold `out` until this process ends, however it ends.
-
-    Raises InputError naming the process that holds it.
-    """
-    folder = Path(os.path.abspath(out))
-    with suppress(InputError, KeyError):
-        HELD[folder].check()
-        HELD[folder].read_manifests()
-        return HELD[folder]
-    with writing(out):
-        holding = Holding(folder, 0)
-    try:
-        # the system releases it with the process: no lock is ever stale
-        fcntl.flock(holding.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holding.lock.seek(0)
-        holder = holding.lock.read().strip() or "another process"
-        raise InputError(f"{out}: in use by {holder}") from None
-    except OSError as error:  # some network file systems have no locks
-        print(f"note: {out}: cannot be locked ({error.strerror}); run one stage at a time in it")
-    with writing(out):
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holding.lock.truncate(0)
-        holding.lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-        holding.lock.flush()
-    HELD[folder] = holding
-    return holding
-
-
-def share(out: Path, rank: int) -> None:
-    """Hold `out` in another process of the run that has locked it."""
-    folder = Path(os.path.abspath(out))
-    HELD[folder] = Holding(folder, rank)

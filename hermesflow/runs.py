@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from hermesflow.files import InputError, holdings, parse_json, reason, writing
+from hermesflow.files import InputError, holdings, parse_json, reason, share, writing
 from hermesflow.jsonl import ids_of, read_jsonl
-from hermesflow.outputs import Output, complete, prepare, share
+from hermesflow.outputs import Output, complete, prepare
 
 # that a process waits for another: a slow disk or a long caption is no failure
 PATIENCE = timedelta(hours=24)

@@ -149,6 +149,16 @@ def test_geneval(case):
     assert len(result["reasons"]) == len(result["categories"])
 
 
+@pytest.mark.parametrize("tag, threshold", [("colors", 0.3), ("counting", 0.9)])
+def test_geneval_scores_are_float32(tag, threshold):
+    """A float32 score of the threshold is larger in float64, but not in float32."""
+    equal = float(np.float32(threshold))
+    above = float(np.nextafter(np.float32(threshold), np.float32(1)))
+    for score, kept in ((equal, {}), (threshold, {}), (above, {"dog"})):
+        detection = {"class": "dog", "score": score, "box": (0, 0, 9, 9)}
+        assert geneval.kept_objects([detection], tag).keys() == set(kept)
+
+
 def test_geneval_defaults():
     ours = {}
     for function in (geneval.kept_objects, geneval.check_image):
@@ -319,11 +329,11 @@ def test_mmmu(tmp_path):
     assert questions[0].images == [str(tmp_path / "1.png")]
     assert questions[1].answer == ["24/7", "3.429"]
     assert mmmu.prompt(questions[0]) == (
-        "<image 1> q?\n\n(A) x\n(B) y\n\n\n"
+        "<image 1> q?\n(A) x\n(B) y\n\n"
         "Answer with the option's letter from the given choices directly."
     )
     assert mmmu.prompt(questions[1]) == (
-        "<image 1> q?\n\nAnswer the question using a single word or phrase."
+        "<image 1> q?\nAnswer the question using a single word or phrase."
     )
     predicted = mmmu.predictions(questions, ["A", "it is 3.43", "F.", "?"])
     assert predicted[:3] == ["A", "it is 3.43", "F"]
@@ -343,12 +353,24 @@ def test_mmmu(tmp_path):
     "text, words",
     [
         ("A man isn't riding the dog's T-shirt, \"fast\" (really)!",
-         "a man is n't riding the dog 's t-shirt fast really"),
+         "a man is n't riding the dog 's t-shirt fast -lrb- really -rrb-"),
         ("Two cats -- 3.5 or 1,000; can't. ", "two cats 3.5 or 1,000 ca n't"),
         ("red,white & blue...", "red white & blue"),
+        ("The dog\u2019s toy and \u201ca ball\u201d isn\u2019t here\u2026 really",
+         "the dog 's toy and a ball is n't here really"),
+        ("At 10:30 a.m. St. Bernard (c) in the U.S. dog",
+         "at 10:30 a.m. st. bernard -lrb- c -rrb- in the u.s. dog"),
+        ("a man in the u.s.", "a man in the u.s."),
+        ("a man on St.", "a man on st."),
+        ("a no. 7 jersey, and no.", "a no. 7 jersey and no"),
+        ("He cannot see the '90s kids' 10:30am R&B", "he can not see the '90s kids 10:30 am r&b"),
+        ("a dog \u2013 here \u2014 there", "a dog here there"),
+        ("\u00bd of 50% for $5 (#1!!)", "1/2 of 50 % for $ 5 -lrb- # 1 !! -rrb-"),
+        ("Y'all went at 5 o'clock, Mr. Smith", "y' all went at 5 o'clock mr. smith"),
     ],
 )
 def test_ptb_words(text, words):
+    """Recorded from pycocoevalcap's PTBTokenizer (Stanford CoreNLP 3.4.1)."""
     assert flickr30k.ptb_words(text) == words
 
 
@@ -419,6 +441,20 @@ def test_tifa_run(tmp_path):
         "tifa_stdev": close(0.5**0.5),
         "accuracy_by_type": {"animal": 0.5, "color": 1.0},
     }
+
+
+@pytest.mark.parametrize(
+    "text, cleaned",
+    [
+        ("the dog\u2019s \u201cball\u201d\u2026", "the dog's \"ball\"\u2026"),
+        ("Tom &amp;amp; \u02bcem ", "Tom & 'em"),
+        ("\uff21\u3000\ufb01sh cafe\u0301", "A fish caf\u00e9"),
+        ("a<b &rsquo;", "a<b \u2019"),
+    ],
+)
+def test_clip_text(text, cleaned):
+    """Recorded from basic_clean of openai/CLIP with ftfy 6.3.1."""
+    assert clipscore.clip_text(text) == cleaned
 
 
 def test_clipscore():
@@ -552,6 +588,8 @@ def test_mme_files(mme_folder, tmp_path):
     assert tasks["count"][3].label == "No"
     prompt = mme.prompt(tasks["count"][0])
     assert prompt == "count a?\nAnswer the question using a single word or phrase."
+    two_spaces = mme.Question("", "Is it red?  Please answer yes or no.", "Yes")
+    assert mme.prompt(two_spaces) == "Is it red?\nAnswer the question using a single word or phrase."
 
     answers = {task: ["Yes", "no", "yes\tor no", "Yes\nno"] for task in tasks}
     scores = {}
@@ -579,9 +617,18 @@ def test_vqa_files(tmp_path):
     assert vqav2.score(records, ["the cat"]) == close({"overall": 90, "other": 90})
     save(questions, {**VQA_QUESTIONS, "data_subtype": "test-dev2015"})
     assert vqav2.read(questions)[0].image == "COCO_test2015_000000000042.jpg"
-    vqav2.write(tmp_path / "r.json", records, ["the cat"])
+    vqav2.write(tmp_path / "r.json", records, ["The cat."])
     written = json.loads((tmp_path / "r.json").read_text())
-    assert written == [{"question_id": 420, "answer": "the cat"}]
+    assert written == [{"question_id": 420, "answer": "cat"}]
+
+
+def test_vqa_answers_are_normalised():
+    """vqaEval.py itself normalises nothing where all people agree."""
+    truths = ["yes", "yes", "black"]
+    questions = [vqav2.Question(i, "", "", [t] * 10, "other") for i, t in enumerate(truths)]
+    answers = ["Yes", "Yes", "Black."]
+    assert vqav2.score(questions, answers) == {"overall": 100.0, "other": 100.0}
+    assert vqav2.raw_score(questions, answers) == 0.0
 
 
 def test_gqa_files(tmp_path):
@@ -625,6 +672,16 @@ def test_dpg_file(tmp_path):
         dpg.DpgQuestion("7", 1, [], "entity - whole", "dog?"),
         dpg.DpgQuestion("7", 2, [1, 3], "attribute - color", "b?"),
     ]
+
+
+@pytest.mark.parametrize("size, left, top", [((9, 4), 2, 0), ((4, 9), 0, 2), ((5, 5), 0, 0)])
+def test_fid_crops_before_it_resizes(size, left, top):
+    values = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    side = min(size)
+    square = Image.fromarray(values[top : top + side, left : left + side])
+    expected = np.asarray(square.resize((299, 299), Image.Resampling.BICUBIC)) / 127.5 - 1
+    pixels = fid.inception_pixels(Image.fromarray(values))
+    assert np.allclose(pixels.permute(1, 2, 0), expected, atol=1e-6)
 
 
 def test_fid_statistics_file(tmp_path):

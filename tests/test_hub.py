@@ -242,6 +242,14 @@ def test_names_of_repositories(cached, name):
         "and HF_HUB_OFFLINE is set")
 
 
+def test_what_is_required(cached):
+    """Folders, files, what is cached, and nothing."""
+    cache(cached, "some/thing", {"README.md": b""})
+    hub.require(str(cached), cached / "hub", str(ROOT / "model.py"), "some/thing", None)
+    message = error(hub.require, "some/thing", "other/thing", "toy/bse")
+    assert message.startswith("other/thing: neither a folder here nor in the hub's cache")
+
+
 # ------------------------------------------------------------------------------- without a connection
 
 # what several loaders say of names, and how long they take

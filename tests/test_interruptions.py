@@ -146,7 +146,7 @@ def test_changed_pairs_are_noticed(world, sampled, paired, tmp_path):  # noqa: F
 HOLD = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from hermesflow.outputs import lock
+from hermesflow.files import lock
 lock(pathlib.Path(sys.argv[2]))
 print("held", flush=True)
 time.sleep(600)

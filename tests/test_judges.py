@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil,
                           BlipProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast)
+                          PreTrainedTokenizerFast, ViltConfig, ViltForQuestionAnswering,
+                          ViltImageProcessorPil, ViltProcessor)
 
 from conftest import main, stage
-from evals import metrics
+from evals import judge_models, metrics
 from evals.judges import ModelJudge, SelfJudge, ToyJudge, load_judge
 from evals.metrics import EvalRecord
 from hermesflow.files import InputError
@@ -110,10 +111,10 @@ def test_model_judge_answers(llava):
 
 def test_model_judge_matches_the_models_words(llava, monkeypatch):
     judge = ModelJudge(str(llava), nearest_text, "cpu")
-    words = iter(["It is BLUE.", "2", "no"])
-    monkeypatch.setattr(judge, "chat_answer", lambda picture, q: next(words))
+    words = ["It is BLUE.", "2", "no"]
+    monkeypatch.setattr(judge, "chat_answers", lambda picture, questions: words)
     answers = judge.answer(PICTURE, QUESTIONS)
-    assert answers == ["It is BLUE.", "2", "no"]  # unchanged, so that the judge can be audited
+    assert answers == words  # unchanged, so that the judge can be audited
     assert judge.is_correct(answers, QUESTIONS) == [True, True, True]
 
 
@@ -186,10 +187,60 @@ def test_vqa_model_as_judge(tmp_path, monkeypatch):
     inputs = record_inputs(judge, monkeypatch)
     answers = judge.answer(PICTURE, QUESTIONS)
     assert judge.is_vqa and len(answers) == 3 and all(isinstance(a, str) for a in answers)
-    # the plain question, no choices
-    ids = inputs[0]["input_ids"][0].tolist()
-    assert judge.processor.decode(ids) == "[CLS] what color is it ? [SEP]"
+    # the plain questions, no choices
+    asked = [judge.processor.decode(ids) for given in inputs for ids in given["input_ids"]]
+    assert sorted(asked) == sorted(f"[CLS] {q} [SEP]" for q in (
+        "what color is it ?", "how many ?", "is it red ?"))
     assert not any(word in " ".join(answers) for word in ("[CLS]", "[SEP]", "[PAD]"))
+
+
+def lively_blip(folder) -> ModelJudge:
+    """Its answers depend on the question."""
+    save_blip(folder)
+    judge = ModelJudge(str(folder), nearest_text, "cpu")
+    torch.manual_seed(3)
+    for p in judge.model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.5)
+    return judge
+
+
+@pytest.mark.parametrize("at_once, sizes", [(8, [1, 4, 2]), (2, [1, 2, 2, 2])])
+def test_vqa_batches_answer_as_one_by_one(tmp_path, monkeypatch, at_once, sizes):
+    """Questions of one length together: nothing is padded, which BLIP's decoder would see."""
+    judge = lively_blip(tmp_path)
+    texts = ("is it red?", "what color is it?", "how many red?", "is it two?", "how many?",
+             "is it blue?", "what color is blue?")
+    questions = [Question(t, ["yes"], "yes") for t in texts]
+    alone = [judge.vqa_answer(PICTURE, t) for t in texts]
+    assert len(set(alone)) > 1
+    inputs = record_inputs(judge, monkeypatch)
+    monkeypatch.setattr(judge_models, "JUDGED_AT_ONCE", at_once)
+    assert judge.answer(PICTURE, questions) == alone
+    assert [len(given["input_ids"]) for given in inputs] == sizes
+    assert all(given["attention_mask"].all() for given in inputs)
+    assert all(len(given["pixel_values"]) == len(given["input_ids"]) for given in inputs)
+
+
+def test_vqa_model_that_classifies(tmp_path):
+    """ViLT's answers are classes."""
+    words = word_tokenizer(BLIP_WORDS, "[UNK]", "[CLS] $A [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]",
+                                        unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    ViltProcessor(ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=16),
+                  tokenizer).save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    labels = {0: "red", 1: "blue", 2: "two", 3: "yes"}
+    config = ViltConfig(vocab_size=len(BLIP_WORDS), image_size=32, patch_size=16, id2label=labels,
+                        initializer_range=0.5, max_position_embeddings=16, **SMALL)
+    ViltForQuestionAnswering(config).save_pretrained(tmp_path)
+    judge = ModelJudge(str(tmp_path), nearest_text, "cpu")
+    answers = judge.answer(PICTURE, QUESTIONS)
+    direct = []
+    for q in QUESTIONS:
+        inputs = judge.processor(PICTURE, q.question, return_tensors="pt")
+        direct.append(labels[int(judge.model(**inputs).logits.argmax())])
+    assert answers == direct and len(set(answers)) > 1
 
 
 # -------------------------------------------------------------------------- the policy as its judge

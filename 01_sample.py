@@ -14,7 +14,8 @@ writes  OUT/samples.jsonl         the records with the captions as text; their t
 
 from pathlib import Path
 
-from hermesflow.inputs import read_records
+from hermesflow.hub import require
+from hermesflow.inputs import read_records, record_items
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
                                 folder, integer, model_inputs, number, sampling_from, stage_parser,
                                 unless_dry_run)
@@ -64,18 +65,13 @@ def parse_args(argv=None):
     return unless_dry_run(args)
 
 
-def output_of(args, records=None) -> Output:
-    """What decides the samples. records: what was read of args.records, if it was."""
-
-    def contents():
-        for r in records or read_records(args.records, args.questions, []):
-            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
-
+def output_of(args) -> Output:
+    """What decides the samples."""
+    inputs = {"records": lambda: record_items(args.records, args.questions), **model_inputs(args)}
     return Output(args.out, "01_sample", "samples.jsonl",
                   writes=("samples.jsonl", "images", "sheet.png", "skipped.txt"), args=vars(args),
-                  inputs={"records": contents, **model_inputs(args)}, derived=("show",),
-                  free=("questions", "prompt", "image", "device", "batch", "strict"),
-                  code=(__file__,))
+                  inputs=inputs, derived=("show",), code=(__file__,),
+                  free=("questions", "prompt", "image", "device", "batch", "strict"))
 
 
 # before the heavy imports, so that --help, a mistake and a complete output are answered at once
@@ -83,6 +79,7 @@ if __name__ == "__main__":
     ARGS = parse_args()
     if ARGS.records:
         run_main(lambda: exit_if_complete(output_of(ARGS)))
+    run_main(lambda: require(*model_inputs(ARGS).values()))
 
 from collections.abc import Sequence
 from functools import partial
@@ -242,7 +239,7 @@ def main(args):
 
     skipped = None if args.strict else []
     records = read_records(args.records, args.questions, skipped)
-    output = output_of(args, records)
+    output = output_of(args)
     if not prepare_output(output):
         return
     say(f"round {args.round}: sampling {len(records)} records with {args.model}")

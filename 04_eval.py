@@ -27,12 +27,12 @@ from functools import cache
 from pathlib import Path
 
 from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, VQA, deciding,
-                              judging_models, note_scored_images, record_items, scored_images)
+                              judging_models, note_scored_images, scored_images)
 from evals.metrics import EvalRecord, evaluate, finished_table
 from evals.official import files_below
 from hermesflow.contents import ROOT
 from hermesflow.files import InputError
-from hermesflow.inputs import read_records
+from hermesflow.inputs import read_records, record_items
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
                                 folder, integer, model_inputs, sampling_from, stage_parser,
                                 unless_dry_run)

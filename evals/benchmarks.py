@@ -3,15 +3,10 @@
 Imports nothing heavy.
 """
 
-import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from evals.official import files_below
-from hermesflow.contents import Item, content
-from hermesflow.inputs import read_records
-from hermesflow.jsonl import lines_of, resolve_image
+from hermesflow.contents import content
 from hermesflow.outputs import Output, read_mark, write_mark
 
 # file names in this folder
@@ -50,25 +45,6 @@ def judging_models(benchmark: str | None, options: dict) -> dict[str, str]:
     """option -> the model that it names, of those that judge."""
     named = {name: options[name] for name in MODELS.get(benchmark, ())}
     return {name: value for name, value in named.items() if value not in NO_MODELS.get(name, ())}
-
-
-def record_items(path: Path, questions: Path | None, n: int | None) -> Iterator[Item]:
-    """What the first n records say, and their images, for `Output.inputs`.
-
-    Our JSONL is not checked, so that a complete evaluation of thousands answers at once.
-    """
-    if path.suffix != ".jsonl" or questions:
-        for r in read_records(path, questions)[:n]:
-            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
-        return
-    lines = (line for (line,) in lines_of(path) if line.strip())
-    for line in islice(lines, n):
-        try:
-            record = json.loads(line.lstrip("\ufeff"))
-            said = [record.get(name) for name in ("id", "caption", "prompt", "questions")]
-            yield repr(said), Path(resolve_image(record["image"], path.parent))
-        except (ValueError, TypeError, KeyError, AttributeError):  # said when records are read
-            yield (line,)
 
 
 def scored_images(benchmark: str | None, out: Path) -> str | None:

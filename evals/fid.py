@@ -3,9 +3,9 @@
 source       mseitz/pytorch-fid (weights); boomb0om/text2image-benchmark (statistics)
 DATA         records.jsonl, MS-COCO_val2014_fid_stats.npz, pt_inception-2015-12-05-6726825d.pth
 writes       OUT/images/<id>.png, one image per record
-exact        the statistics, the distance
-approximated nothing, but the network (inception.py) is checked by its names, shapes and number of
-             parameters alone, not by its outputs on the published weights
+exact        crop and resize, the statistics, the distance
+approximated nothing; the network (inception.py) equals pytorch-fid's bit for bit on the same random
+             weights, and is untried on the published ones
 
     python 04_eval.py --benchmark fid --data FID --model toy/base --out runs/fid
 """

@@ -4,7 +4,7 @@ source       Karpathy's splits; pycocoevalcap (cider_scorer.py)
 DATA         dataset_flickr30k.json (1,000 test images, five captions each), images/
 writes       OUT/flickr30k_captions.json
 exact        CIDEr-D
-approximated the PTB tokeniser, which is Java: equal on captions, not on versions and file names
+approximated the PTB tokeniser, which is Java; versions and file names differ
 
     python 04_eval.py --benchmark flickr30k --data Flickr30k --model toy/base --out runs/flickr30k
 """

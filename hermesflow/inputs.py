@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+from hermesflow.contents import Item
 from hermesflow.files import InputError, parse_json, read_text
-from hermesflow.jsonl import Lines, ids_of, read_jsonl, resolve_image
+from hermesflow.jsonl import Lines, ids_of, lines_of, read_jsonl, resolve_image
 from hermesflow.records import Question, Record, check_question, parse_record, skipping, validated
 
 
@@ -36,6 +38,25 @@ def read_records(path, questions=None, skipped: list[str] | None = None) -> Sequ
         records.complete = with_questions
         return records
     return [with_questions(r) for r in records]
+
+
+def record_items(path: Path, questions: Path | None, n: int | None = None) -> Iterator[Item]:
+    """What the first n records say, and their images, for `Output.inputs`.
+
+    Our JSONL is not checked, so that a complete stage answers at once with thousands.
+    """
+    if path.suffix != ".jsonl" or questions:
+        for r in read_records(path, questions, [])[:n]:
+            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
+        return
+    lines = (line for (line,) in lines_of(path) if line.strip())
+    for line in islice(lines, n):
+        try:
+            record = json.loads(line.lstrip("\ufeff"))
+            said = [record.get(name) for name in ("id", "caption", "prompt", "questions")]
+            yield repr(said), Path(resolve_image(record["image"], path.parent))
+        except (ValueError, TypeError, KeyError, AttributeError):  # said when records are read
+            yield (line,)
 
 
 def read_questions(path, ids: set[str], records_path,

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 from hermesflow.contents import ROOT, code_of, content, digest, pieces
 from hermesflow.files import (Holding, InputError, finished_path, lock, read_object, reason, remove,
                               write_text, written_files)
+from hermesflow.hub import require
 
 FORMAT = "3"  # of all files that stages write
 # what a stage continues from; removed when it is complete
@@ -88,8 +90,16 @@ def describe_input(value) -> dict | None:
     if value is None:
         return None
     if callable(value):
-        items = sum(1 for _ in value())
-        return {"items": items, "content": content(value)}
+        items = 0
+
+        def counted():
+            nonlocal items
+            items = 0
+            for item in value():
+                items += 1
+                yield item
+
+        return {"content": content(counted), "items": items}
     return {"content": digest(value)}
 
 
@@ -143,9 +153,10 @@ def complete(output: Output) -> bool:
 
 
 def exit_if_complete(output: Output) -> None:
-    """What a stage does before its heavy imports."""
+    """What a stage does before its heavy imports: its models can be found, or it has ended."""
     if complete(output):
         sys.exit()
+    require(*(value for value in output.inputs.values() if isinstance(value, str)))
 
 
 def compare(output: Output, before: dict, now: dict) -> list[str]:
@@ -158,10 +169,17 @@ def compare(output: Output, before: dict, now: dict) -> list[str]:
         message = f"made with other settings ({'; '.join(refused)})"
         raise InputError(f"{output.folder}: {message}; use --overwrite or another --out")
     code = sorted(n for n, text in now["code"].items() if before["code"].get(n) != text)
-    if code and os.environ.get("RANK", "0") == "0":
-        print(f"note: {output.folder} was begun by other code: {', '.join(code)} changed since; "
-              "--overwrite makes it again", flush=True)
+    if code:
+        say_once(f"note: {output.folder} was begun by other code: {', '.join(code)} changed since; "
+                 "--overwrite makes it again")
     return again
+
+
+@cache
+def say_once(message: str) -> None:
+    """One line on stdout, from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 def prepare(output: Output) -> Holding:

@@ -589,7 +589,8 @@ def test_mme_files(mme_folder, tmp_path):
     prompt = mme.prompt(tasks["count"][0])
     assert prompt == "count a?\nAnswer the question using a single word or phrase."
     two_spaces = mme.Question("", "Is it red?  Please answer yes or no.", "Yes")
-    assert mme.prompt(two_spaces) == "Is it red?\nAnswer the question using a single word or phrase."
+    end = "\nAnswer the question using a single word or phrase."
+    assert mme.prompt(two_spaces) == "Is it red?" + end
 
     answers = {task: ["Yes", "no", "yes\tor no", "Yes\nno"] for task in tasks}
     scores = {}

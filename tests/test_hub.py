@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
                           AutoModelForSeq2SeqLM, AutoModelForVisualQuestionAnswering, AutoProcessor,
-                          AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, BlipConfig,
-                          BlipForQuestionAnswering, CLIPConfig, CLIPModel, LlamaConfig,
+                          AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, BertModel,
+                          BlipConfig, BlipForQuestionAnswering, CLIPConfig, CLIPModel, LlamaConfig,
                           LlamaForCausalLM, Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
                           MPNetConfig, MPNetModel, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration, SwinConfig, T5Config,
@@ -111,7 +111,8 @@ def test_a_port_that_is_closed(direct):
     assert seconds < 2
 
 
-@pytest.mark.parametrize("url, port", [("https://hub", 443), ("http://hub", 80), ("http://hub:8", 8)])
+@pytest.mark.parametrize("url, port", [
+    ("https://hub", 443), ("http://hub", 80), ("http://hub:8", 8)])
 def test_the_port(direct, monkeypatch, url, port):
     asked = []
 
@@ -205,8 +206,9 @@ def test_a_hub_that_is_reached_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "runs/x/checkpoint", "./toy/bse", "../toy/base", "/toy/base", "~/toy", "toy/bse/", "no such folder",
-    "a--b/c", "a/b..c", "-a/b", "a/.b", "é/b", "x" * 200, "", "a\0b", "C:\\toy\\base"])
+    "runs/x/checkpoint", "./toy/bse", "../toy/base", "/toy/base", "~/toy", "toy/bse/",
+    "no such folder", "a--b/c", "a/b..c", "-a/b", "a/.b", "é/b", "x" * 200, "", "a\0b",
+    "C:\\toy\\base"])
 def test_what_can_only_be_a_path(monkeypatch, name):
     """It is answered at once."""
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("the hub was asked"))
@@ -221,7 +223,8 @@ def test_a_name_beside_others_that_are_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("the hub was asked"))
     assert error(contents.digest, "toy/bse") == (
-        "toy/bse: no such folder in toy (if the hub has it: hf download toy/bse --local-dir toy/bse)")
+        "toy/bse: no such folder in toy "
+        "(if the hub has it: hf download toy/bse --local-dir toy/bse)")
 
 
 def test_a_repository_whose_owner_is_a_folder_here(monkeypatch, cached):
@@ -250,7 +253,7 @@ def test_what_is_required(cached):
     assert message.startswith("other/thing: neither a folder here nor in the hub's cache")
 
 
-# ------------------------------------------------------------------------------- without a connection
+# ---------------------------------------------------------------------------- without a connection
 
 # what several loaders say of names, and how long they take
 PROBE = """
@@ -328,7 +331,7 @@ def test_what_is_cached_loads_without_a_network(tmp_path):
     assert all(seconds < 5 for _, seconds in seen["results"])
 
 
-# ------------------------------------------------------------------------------------ HF_HUB_OFFLINE
+# ----------------------------------------------------------------------------------- HF_HUB_OFFLINE
 
 
 def test_which_file_of_a_config_is_missing(cached):
@@ -466,14 +469,14 @@ def test_a_hub_that_answers(tmp_path):
         "nobody/nothing config.json":
             f"nobody/nothing: neither a folder here nor a public repository of {endpoint}",
         "gated/thing config.json":
-            f"gated/thing: {endpoint}/gated/thing gives it to those who have accepted its terms and "
-            "are logged in (hf auth login)",
+            f"gated/thing: {endpoint}/gated/thing gives it to those who have accepted its terms "
+            "and are logged in (hf auth login)",
         "digest": REVISION[:16],
     }
     assert (snapshot / "config.json").read_bytes() == b'{"a": 1}'
 
 
-# ------------------------------------------------------------- parameters that transformers makes up
+# ------------------------------------------------------------ parameters that transformers makes up
 
 
 def saved(folder: Path, model, change=None) -> Path:

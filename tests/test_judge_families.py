@@ -1,7 +1,7 @@
-"""evals/judge_models.py: six families of judges, as they are published, with random weights.
+"""evals/judge_models.py: seven families of judges, as they are published, with random weights.
 
 Every folder has the files, the special tokens and the chat template of its family. The processors
-of four of them also read videos, for which transformers wants torchvision.
+of five of them also read videos, for which transformers wants torchvision.
 """
 
 import json
@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, Gemma3Config,
-                          Idefics3Config, InternVLConfig, LlavaOnevisionConfig,
-                          PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
+                          Gemma4Config, Idefics3Config, InternVLConfig, LlavaOnevisionConfig,
+                          Mistral3Config, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig,
+                          SmolVLMConfig)
 from transformers.utils import is_torchvision_available
 
 from evals import judge_models
@@ -221,7 +222,6 @@ def gemma3() -> Family:
 
 
 FAMILIES = {f.__name__: f for f in (qwen25, qwen3, onevision, internvl, idefics3, smolvlm, gemma3)}
-VIDEO = ("qwen25", "qwen3", "onevision", "internvl", "smolvlm")
 
 
 def save_family(folder, family: Family) -> None:
@@ -247,8 +247,7 @@ def save_family(folder, family: Family) -> None:
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.3)
-    ends = [tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = ends
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
 
@@ -308,17 +307,24 @@ def test_batches_answer_as_one_by_one(judge, monkeypatch, at_once):
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 def test_processors_without_torchvision(tmp_path):
-    """A processor without the part for videos is built from the family's own class; where that is
-    impossible, one line ends in the command that installs torchvision and nothing else."""
+    """The family's own class, less the part for videos."""
     save_family(tmp_path, qwen25())
     loaded = load_processor(str(tmp_path), qwen25().config)
     assert type(loaded).__name__ == "Qwen2_5_VLProcessor" and "Pil" in str(loaded.image_processor)
     assert loaded.chat_template == qwen25().template
 
-    config = json.loads((tmp_path / "config.json").read_text())
-    other = type("OtherConfig", (), config)()  # whose processor is unknown here
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+@pytest.mark.parametrize("name, config", [("PixtralProcessor", Mistral3Config),
+                                          ("Gemma4Processor", Gemma4Config)])
+def test_processors_that_need_torchvision(tmp_path, name, config):
+    """One whole line ends in the command that installs torchvision and nothing else."""
+    save_family(tmp_path, qwen25())
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace("Qwen2_5_VLProcessor", name))
     with pytest.raises(InputError) as error:
-        load_processor(str(tmp_path), other)
+        load_processor(str(tmp_path), config())
     assert str(error.value) == f"{tmp_path}: its processor needs torchvision: {COMMANDS[0][1]}"
 
 

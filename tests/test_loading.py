@@ -300,7 +300,8 @@ WRITE = {
         folder, weights, torch.save, ".bin", "diffusion_pytorch_model.bin.index.json",
         "diffusion_pytorch_model-0000{}-of-00003"),
     "sharded diffusers safetensors": lambda folder, weights: write_sharded(
-        folder, weights, save_file, ".safetensors", "diffusion_pytorch_model.safetensors.index.json",
+        folder, weights, save_file, ".safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
         "diffusion_pytorch_model-0000{}-of-00003"),
     # shards with names that say nothing
     "sharded, named otherwise": lambda folder, weights: write_sharded(
@@ -392,9 +393,9 @@ def test_show_o_with_clip(published, tiny, value, refused):
     projector = {"mm_projector.0.weight": torch.zeros(2048, 1024)}
     WRITE["bin"](published.showo, published.weights | projector)
     assert error(published.load) == (
-        f"{published.showo}/config.json: field 'w_clip_vit' is true: this Show-o understands images "
-        "by continuous CLIP-ViT features, not by the codes that it draws; take one of codes only, "
-        "such as showlab/show-o-512x512")
+        f"{published.showo}/config.json: field 'w_clip_vit' is true: this Show-o understands "
+        "images by continuous CLIP-ViT features, not by the codes that it draws; take one of codes "
+        "only, such as showlab/show-o-512x512")
 
 
 def test_flags_come_before_the_checkpoints_own_tokenizers(published, tiny, tmp_path):

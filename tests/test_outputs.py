@@ -52,6 +52,7 @@ def changed(output: Output, **args) -> Output:
 
 def released() -> None:
     """As if the process had ended."""
+    outputs.say_once.cache_clear()
     for holding in HELD.values():
         holding.lock.close()
     HELD.clear()
@@ -330,10 +331,12 @@ def test_changed_code_is_said(output, tmp_path, capsys):
     said = f"was begun by other code: {name} changed since; --overwrite makes it again"
     assert said in capsys.readouterr().out
     (output.folder / "out.txt").unlink()  # interrupted
+    released()
     prepare(output)
     assert said in capsys.readouterr().out
     finish(output)
     write_text(output.folder / "out.txt", "x")
+    released()
     assert complete(output) and said in capsys.readouterr().out  # it stays begun by other code
     released()
 

@@ -164,6 +164,7 @@ def other_tensors(draw):
 
 
 @fuzz(1000)
+@pytest.mark.filterwarnings("ignore:Casting complex")
 @given(st.data())
 def test_tables(tmp_path, table, data):
     """Whatever harms the lines or the shard: a record's own tensors, or an error."""

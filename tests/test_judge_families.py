@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, Gemma3Config,
-                          Gemma4Config, Idefics3Config, InternVLConfig, LlavaOnevisionConfig,
-                          Mistral3Config, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig,
-                          SmolVLMConfig)
+                          Idefics3Config, InternVLConfig, LlavaNextVideoConfig,
+                          LlavaOnevisionConfig, Mistral3Config, PreTrainedTokenizerFast,
+                          Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 from transformers.utils import is_torchvision_available
 
 from evals import judge_models
@@ -316,7 +316,7 @@ def test_processors_without_torchvision(tmp_path):
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 @pytest.mark.parametrize("name, config", [("PixtralProcessor", Mistral3Config),
-                                          ("Gemma4Processor", Gemma4Config)])
+                                          ("LlavaNextVideoProcessor", LlavaNextVideoConfig)])
 def test_processors_that_need_torchvision(tmp_path, name, config):
     """One whole line ends in the command that installs torchvision and nothing else."""
     save_family(tmp_path, qwen25())

@@ -46,8 +46,8 @@ def survives(reader, *arguments):
 
 FIELDS = ["id", "image", "caption", "prompt", "questions", "question", "choices", "answer",
           "element", "img_path", "captions", "scores", "caption_scores", "image_scores", "answers",
-          "win_caption", "win_image_wrong", "matched", "ended", "shard", "row", "digest", "label", "text",
-          "question_id",
+          "win_caption", "win_image_wrong", "matched", "ended", "shard", "row", "digest",
+          "label", "text", "question_id",
           "annotations", "images", "split", "sentences", "raw", "tag", "include", "exclude",
           "class", "count", "options", "prompts"]
 NAMES = st.sampled_from(FIELDS)

@@ -38,7 +38,7 @@ def picture_of(seed: int) -> Image.Image:
 
 PICTURE = picture_of(0)
 
-# -------------------------------------------------------------------------------- the chat templates
+# ------------------------------------------------------------------------------ the chat templates
 
 QWEN = (
     "{% for message in messages %}SYSTEM<|im_start|>{{ message['role'] }}\n"
@@ -118,8 +118,8 @@ def qwen(config, template: str, patch: int) -> Family:
     settings = dict(min_pixels=4 * patch**2, max_pixels=64 * patch**2, patch_size=patch,
                     temporal_patch_size=2, merge_size=2)
     if patch == 16:
-        settings = {**settings, "size": {"shortest_edge": 4 * 256, "longest_edge": 64 * 256}}
-        del settings["min_pixels"], settings["max_pixels"]
+        settings["size"] = {"shortest_edge": settings.pop("min_pixels"),
+                            "longest_edge": settings.pop("max_pixels")}
     for name, value in places.items():
         setattr(config, name, value)
     files = published(processor, "Qwen2VLImageProcessorFast", settings)

@@ -203,7 +203,7 @@ def test_matcher_takes_the_nearest_choice_by_mean_vectors(bert):
 
 
 def test_unknown_encoder_is_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"nothing here: no such folder, and no name of a") as error:
+    with pytest.raises(InputError, match="nothing here: no such folder, and no name of a") as error:
         scoring.SentenceEncoder(str(tmp_path / "nothing here"), "cls", "cpu")
     assert "\n" not in str(error.value)
 

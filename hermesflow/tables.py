@@ -122,7 +122,7 @@ def digest(tensors: Tensors) -> str:
 # ------------------------------------------------------------------------------------------ reading
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # what is read of them counts as memory of this process
 def open_shard(path: Path, _changed: int):
     """The tensors of a shard, which are read from the disk when they are sliced."""
     shard = safe_open(path, "pt")

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from evals import dpg, fid, flickr30k, geneval, gqa, mme, mmmu, pope, tifa, vqav2
 from hermesflow.contents import content, digest, remembered_file
 from hermesflow.files import PRIVATE, InputError, read_object, write_text, written_files
-from hermesflow.inputs import read_records
+from hermesflow.inputs import read_records, record_items
 from hermesflow.jsonl import lines_of, read_jsonl
 from hermesflow.outputs import Output, complete, finish, prepare, read_mark
 from hermesflow.pictures import load_image
@@ -98,6 +98,7 @@ GOOD_LINES = [json.dumps(value).encode() for value in (GOOD, *map(asdict, GOOD_R
 LINE = (json_text(VALUES | st.dictionaries(NAMES, VALUES, max_size=8))
         | st.one_of(*map(damaged, GOOD_LINES))
         | st.sampled_from(GOOD_LINES)
+        | st.sampled_from([b"[" * 5000, b'{"id": "b", "image": "\\udc80", "caption": "c"}'])
         | st.binary(max_size=40))
 LINES = st.lists(LINE, max_size=4).map(b"\n".join)
 ARRAYS = st.lists(st.dictionaries(NAMES, VALUES, max_size=5), max_size=3)
@@ -113,6 +114,7 @@ def test_jsonl(tmp_path, text, kind, skip):
         assert [r.id for r in records] == records.ids
         assert list(records[::-1]) == [records[i] for i in reversed(range(len(records)))]
     survives(lambda: list(lines_of(tmp_path / "x.jsonl")))
+    survives(content, lambda: record_items(tmp_path / "x.jsonl", None))
 
 
 @fuzz(1000)

@@ -103,6 +103,7 @@ BAD_LINES = {  # the second line of a file -> what the message must name
     "torn": (GOOD[:30], "line 2"),
     "raw control character": (b'{"id": "b\x01"}', "line 2"),
     "half a surrogate": (b'{"id": "b", "image": "0.png", "caption": "\\ud800"}', "'caption'"),
+    "half a surrogate in a path": (b'{"id": "b", "image": "\\udc80.png", "caption": "c"}', "'image'"),
     "no id": (b'{"image": "0.png", "caption": "c"}', "'id' is missing"),
     "no image": (b'{"id": "b", "caption": "c"}', "'image' is missing"),
     "no caption": (b'{"id": "b", "image": "0.png"}', "'caption' is missing"),

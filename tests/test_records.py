@@ -1095,8 +1095,8 @@ def test_a_finished_file_is_continued(tmp_path):
 def test_stage_ends_in_one_line_and_exit_code_2(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text(f'{GOOD}\n{{"id": "b", "image": "b.png", "caption": 3}}\n')
-    command = [sys.executable, ROOT / "01_sample.py", "--records", path,
-               "--out", tmp_path / "out", "--strict"]
+    command = [sys.executable, ROOT / "01_sample.py", "--records", path, "--strict",
+               "--model", ROOT / "toy" / "base", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     expected = f"error: {path}: line 2: field 'caption' should be str, found 3\n"

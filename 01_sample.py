@@ -12,6 +12,7 @@ writes  OUT/samples.jsonl         the records with the captions as text; their t
     python 01_sample.py --image runs/toy/held_out/images/eval-0-00000.png       # prints captions
 """
 
+import argparse
 from pathlib import Path
 
 from hermesflow.hub import require
@@ -28,7 +29,9 @@ RELEASED_SETTINGS = [(1, 1.0), (2, 0.1), (2, 0.7), (2, 2.0), (3, 0.1), (3, 0.7),
 
 def decoding_setting(text: str) -> tuple[int, float]:
     """K:T as (top_k, temperature)."""
-    top_k, _, temperature = text.partition(":")
+    top_k, colon, temperature = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} should be K:T, such as 50:1.0")
     return integer(0)(top_k), number(0.001, 1000)(temperature)
 
 

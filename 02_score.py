@@ -89,7 +89,8 @@ from hermesflow.records import Pair, Question, Sample, Score, about, parse_recor
 from hermesflow.runs import Earlier, map_records, prepare_output, say
 from hermesflow.scoring import (QuestionWriter, answer_matcher, answer_questions,
                                 caption_likelihood, caption_scorer, meanings, reencode)
-from hermesflow.tables import check_pairs, check_samples, tensors_of, write_table
+from hermesflow.tables import (check_pairs, check_samples, sample_tensors, tensors_of,
+                               write_table)
 from model import Model, load_from
 
 # ------------------------------------------------------------------------------------------- scores
@@ -102,28 +103,29 @@ def score_records(model: Model, samples: list[Sample], score_captions, match, wr
     questions = [s.questions for s in samples]
     if write_questions:
         questions = [s.questions or write_questions(s.caption) for s in samples]
-    images = torch.cat([tensors_of(s)["images"] for s in samples]).to(model.device)  # (S·K, N)
+    images = [sample_tensors(s)["images"] for s in samples]  # (K, N) each
+    counts = list(map(len, images))
+    images = torch.cat(images).to(model.device)  # (S·K, N)
     if reencoded:
         images = reencode(model, images)
-    K = len(images) // len(samples)
     if by_likelihood:
-        captions = [s.caption for s in samples for _ in range(K)]
+        captions = [s.caption for s, K in zip(samples, counts) for _ in range(K)]
         likelihoods = iter(caption_likelihood(model, images, captions))
     else:
-        asked = [about_it for about_it in questions for _ in range(K)]
+        asked = [about_it for about_it, K in zip(questions, counts) for _ in range(K)]
         answers = iter(answer_questions(model, images, asked, max_new_tokens))
 
     scores = []
-    for s, asked in zip(samples, questions):
+    for s, asked, K in zip(samples, questions, counts):
         score = Score(s.id, asked, [], [], [], [])
         with about(f"id {s.id!r}"):
             score.caption_scores = score_captions(s.captions, s.caption)
             if by_likelihood:
                 score.image_scores = list(islice(likelihoods, K))
-            elif asked:
+            else:
                 score.answers = list(islice(answers, K))
-                score.matched = [meanings(a, asked, match) for a in score.answers]
                 # Acc(x): the share of questions that are answered right
+                score.matched = [meanings(a, asked, match) for a in score.answers if asked]
                 for choices in score.matched:
                     right = sum(c == q.answer for c, q in zip(choices, asked))
                     score.image_scores.append(right / len(asked))
@@ -222,7 +224,7 @@ def make_pairs(samples: Lines, scores: Iterable[Score], previous: Lines | None,
         if not score.image_scores:
             dropped[sample.id] = "no questions"
             continue
-        tensors = tensors_of(sample)
+        tensors = sample_tensors(sample)
         captions, images = candidates_of_sample(sample, score, tensors)
         place = places.get(sample.id)
         old = None if place is None else candidates_of_pair(previous[place])

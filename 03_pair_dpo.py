@@ -21,7 +21,8 @@ from hermesflow.options import (COUNT, GUIDANCE, SEED, SHARE, above_zero, add_ch
                                 add_dry_run, check_batch, folder, integer, model_inputs,
                                 stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
-from hermesflow.training_options import SCHEDULES, WEIGHT, epochs, number_of_steps, tracker
+from hermesflow.training_options import (SCHEDULES, WEIGHT, check_objective, epochs,
+                                         number_of_steps, tracker)
 
 
 def parse_args(argv=None):
@@ -62,6 +63,7 @@ def parse_args(argv=None):
     add_dry_run(parser)
     args = parser.parse_args(argv)
     check_batch(parser, args.batch, args.micro_batch)
+    check_objective(parser, args)
     return unless_dry_run(args)
 
 

@@ -82,9 +82,6 @@ def parse_args(argv=None):
                      "is needed")
     if args.benchmark == "tifa" and args.judge == "toy":
         parser.error("--benchmark tifa needs another --judge: toy answers about toy images alone")
-    args.guidance_interval = tuple(args.guidance_interval)
-    if args.guidance_interval[0] > args.guidance_interval[1]:
-        parser.error("--guidance-interval: the first share is above the second")
     args.clip = args.clip or CLIP.get(args.benchmark)
     args.vqa = args.vqa or VQA.get(args.benchmark)
     for name in ("model", "judge", "caption_scorer", "matcher", "detector"):

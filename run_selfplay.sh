@@ -33,6 +33,12 @@ for NAME in SAMPLE SCORE DPO EVAL; do
   [[ $(declare -p "$NAME" 2> /dev/null) == "declare -a"* ]] ||
     fail "$NAME is not set as an array by $CONFIG"
 done
+for OPTION in "${SAMPLE[@]}" "${SCORE[@]}" "${DPO[@]}" "${EVAL[@]}"; do
+  case ${OPTION%%=*} in
+    --out | --model | --records | --round | --seed | --samples | --pairs | --previous | --judge)
+      fail "$OPTION is set by the loop, not in SAMPLE, SCORE, DPO or EVAL" ;;
+  esac
+done
 [[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS is not a whole number from 1 on"
 [[ $SEED =~ ^[0-9]+$ ]] || fail "SEED=$SEED is not a whole number from 0 on"
 [[ $PAIRS == self-play || $PAIRS == fresh ]] || fail "PAIRS=$PAIRS is neither self-play nor fresh"

@@ -58,7 +58,7 @@ def content(items: Callable[[], Iterable[Item]]) -> str:
             files = True
             known, changed = identity(piece)
             newest = max(newest, changed)
-        seen.update(f"{len(known)} {known}\n".encode())
+        seen.update(f"{len(known)} {known}\n".encode(errors="surrogatepass"))
     seen = seen.hexdigest()[:32]
     if not files:
         return seen[:16]
@@ -81,7 +81,7 @@ def content_of(items: Callable[[], Iterable[Item]]) -> str:
     for piece in pieces(items):
         if isinstance(piece, Path):
             piece = file_content(piece) if piece.is_file() else "missing"
-        total.update(f"{len(piece)} {piece}\n".encode())
+        total.update(f"{len(piece)} {piece}\n".encode(errors="surrogatepass"))
     return total.hexdigest()[:16]
 
 

@@ -55,7 +55,7 @@ def record_items(path: Path, questions: Path | None, n: int | None = None) -> It
             record = json.loads(line.lstrip("\ufeff"))
             said = [record.get(name) for name in ("id", "caption", "prompt", "questions")]
             yield repr(said), Path(resolve_image(record["image"], path.parent))
-        except (ValueError, TypeError, KeyError, AttributeError):  # said when records are read
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # said when records are read
             yield (line,)
 
 

@@ -87,9 +87,11 @@ class Lines(Sequence):
 
 def lines_of(path) -> Iterator[tuple[str]]:
     """The lines as they are, for `Output.inputs`: a file that may grow."""
-    with reading(path), open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield (line,)
+    with reading(path):
+        require_regular(path)
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                yield (line,)
 
 
 def ids_of(records) -> list[str]:

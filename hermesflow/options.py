@@ -81,6 +81,15 @@ def device(text: str) -> str:
     return text
 
 
+class Interval(argparse.Action):
+    """Two numbers, the first below the second."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        if values[0] >= values[1]:
+            parser.error(f"argument {option}: the first share should be below the second")
+        setattr(namespace, self.dest, tuple(values))
+
+
 # ------------------------------------------------------------------------------------------ parsing
 
 
@@ -175,7 +184,7 @@ def add_sampling_options(parser) -> None:
         help="of the confidence noise")
     add("--anneal", choices=["compound", "maskgit"], default=default.anneal,
         help="of that temperature: as the original, or as MaskGIT")
-    add("--guidance-interval", type=SHARE, nargs=2, metavar="SHARE",
+    add("--guidance-interval", type=SHARE, nargs=2, metavar="SHARE", action=Interval,
         default=default.guidance_interval,
         help="approximation: guidance only from this to that share of the steps")
 

@@ -168,6 +168,11 @@ def compare(output: Output, before: dict, now: dict) -> list[str]:
     if refused:
         message = f"made with other settings ({'; '.join(refused)})"
         raise InputError(f"{output.folder}: {message}; use --overwrite or another --out")
+    for name, size in before.get("files", {}).items():
+        file = output.folder / name
+        if file.is_file() and file.stat().st_size != size:
+            raise InputError(f"{file}: changed since {output.stage} wrote it; --overwrite makes it "
+                             "again, another --out keeps it")
     code = sorted(n for n, text in now["code"].items() if before["code"].get(n) != text)
     if code:
         say_once(f"note: {output.folder} was begun by other code: {', '.join(code)} changed since; "
@@ -201,6 +206,8 @@ def prepare(output: Output) -> Holding:
         again = compare(output, before, now)
         now["code"] = before["code"]  # what it was begun with
         now["complete"] = before["complete"] and not again
+        if again and "images" in output.writes:  # no picture of what was before
+            remove(*(output.folder / n for n in holding.written if n.startswith("images/")))
         if again and before["complete"]:
             print(f"{output.folder}: made again from its results: {', '.join(again)}", flush=True)
     if before != now:
@@ -211,7 +218,11 @@ def prepare(output: Output) -> Holding:
 def finish(output: Output) -> None:
     """Say in the folder that the stage is complete, and remove what it continued from."""
     mark = read_object(output.folder / "settings.json")
-    write_mark(output, mark | {"complete": True})
+    names = written_files(output.folder) - {"settings.json"}
+    files = [name for name in sorted(names) if not name.startswith("images/")]
+    paths = {name: output.folder / name for name in files}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    write_mark(output, mark | {"complete": True, "files": sizes})
     remove_temporary(output)
 
 
@@ -243,14 +254,14 @@ def read_mark(output: Output) -> dict | None:
         kinds = dict.fromkeys(("settings", "inputs", "derived", "code"), dict)
         for name, kind in {"stage": str, "format": str, "complete": bool, **kinds}.items():
             if not isinstance(mark.get(name), kind):
-                raise InputError(f"{file}: field '{name}' is damaged; use --overwrite to begin again")
+                raise InputError(f"{file}: field '{name}' is damaged")
         if mark["format"] != FORMAT:
             message = f"made by another version (format {mark['format']} -> {FORMAT})"
-            raise InputError(f"{output.folder}: {message}; use --overwrite or another --out")
-    except InputError:
+            raise InputError(f"{output.folder}: {message}")
+    except InputError as error:
         if output.args["overwrite"]:
             return None
-        raise
+        raise InputError(f"{error}; use --overwrite to begin again, or another --out") from None
     if mark.get("stage") != output.stage:
         message = f"holds the results of {mark.get('stage')}; {output.stage} needs another --out"
         raise InputError(f"{output.folder}: {message}")

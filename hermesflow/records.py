@@ -93,8 +93,8 @@ class Pair:
     lose_image_score: float
     win_image_wrong: str  # the questions that the policy answered wrong about it, one a line
     lose_image_wrong: str
-    win_ended: bool  # false: the caption was cut at --max-new-tokens
-    lose_ended: bool
+    win_ended: bool = True  # false: the caption was cut at --max-new-tokens
+    lose_ended: bool = True
     shard: str = ""
     row: int = 0
     digest: str = ""

@@ -147,11 +147,23 @@ def tensors_of(record) -> Tensors:
     return {name: t.long() for name, t in tensors.items()}
 
 
+def sample_tensors(sample) -> Tensors:
+    """The tensors of a sample. Raises InputError, too, if it has other captions than its line."""
+    tensors = tensors_of(sample)
+    counts = {len(sample.captions), len(sample.ended), len(tensors.get("captions", ()))}
+    if len(counts) > 1:
+        raise InputError(f"{sample.folder / 'samples.jsonl'}: id {sample.id!r}: fields 'captions' "
+                         f"and 'ended' do not belong to the token ids in {sample.shard}")
+    return tensors
+
+
 def check_table(model, records: Lines, codes: tuple[str, ...], ids: tuple[str, ...]) -> None:
     """Raises InputError if image codes or token ids of a table were made with another model.
 
     codes, ids: names of the tensors that hold them. One shard at a time is in memory.
     """
+    if "" in records.shards:
+        raise InputError(f"{records.path}: field 'shard' is missing: where are the tensors?")
     for shard in sorted(records.shards):
         path = records.path.parent / shard
         tensors = load_tensors(path)
@@ -168,7 +180,7 @@ def check_table(model, records: Lines, codes: tuple[str, ...], ids: tuple[str, .
 def check_codes(model, codes: torch.Tensor, where: str) -> None:
     """Raises InputError unless these are (…, N) codes of this model."""
     N = model.image_tokens
-    whole = codes.numel() and codes.shape[-1:] == (N,)
+    whole = codes.numel() and codes.shape[-1:] == (N,) and not codes.is_floating_point()
     if not whole or codes.min() < 0 or codes.max() >= model.code_count:
         raise InputError(f"{where} should be {N} codes below {model.code_count}; were they made "
                          "with another model?")
@@ -176,7 +188,7 @@ def check_codes(model, codes: torch.Tensor, where: str) -> None:
 
 def check_text_ids(model, ids: torch.Tensor, where: str) -> None:
     """Raises InputError if a token id is outside the vocabulary."""
-    if ids.numel() and (ids.min() < 0 or ids.max() >= model.vocab_size):
+    if ids.is_floating_point() or ids.numel() and (ids.min() < 0 or ids.max() >= model.vocab_size):
         raise InputError(f"{where}: a token is outside the vocabulary")
 
 

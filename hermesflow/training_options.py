@@ -5,7 +5,8 @@ import importlib.util
 import math
 from pathlib import Path
 
-from hermesflow.files import InputError, reading
+from hermesflow.files import InputError
+from hermesflow.jsonl import lines_of
 from hermesflow.options import above_zero, number
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
@@ -26,8 +27,7 @@ def number_of_steps(length: int | Epochs, pairs: Path, batch: int) -> int:
     """length: steps, or passes over the lines of `pairs`. Raises InputError if it is absurd."""
     steps = length
     if isinstance(length, Epochs):
-        with reading(pairs), open(pairs, "rb") as lines:
-            records = sum(1 for line in lines if line.strip())
+        records = sum(1 for (line,) in lines_of(pairs) if line.strip())
         steps = max(1, math.ceil(length * records / batch))
     if steps * batch > 10**8:
         raise InputError(f"--batch {batch}: {steps} steps of it are more than 10^8 records")
@@ -41,3 +41,9 @@ def tracker(text: str) -> str:
     if importlib.util.find_spec(text) is None:
         raise argparse.ArgumentTypeError(f"{text} is not installed: pip install {text}")
     return text
+
+
+def check_objective(parser, args) -> None:
+    """Refuse weights that leave nothing to learn but the weight decay."""
+    if not args.und * (args.beta + args.nll_und) + args.gen * (args.beta + args.nll_gen):
+        parser.error("--und, --gen, --beta, --nll-und and --nll-gen leave nothing to learn")

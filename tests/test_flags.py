@@ -270,3 +270,25 @@ def test_the_loop_refuses_configs(loop, tmp_path):
 ])
 def test_the_loop_checks_every_stage_before_the_first(loop, settings, what):
     refused(loop(path=Path(sys.executable).parent, **settings), what)
+
+
+@pytest.mark.parametrize("name,options,named", [
+    ("01_sample", ["--prompt", "a", "--guidance-interval", "0.8", "0.2"], "--guidance-interval"),
+    ("01_sample", ["--prompt", "a", "--guidance-interval", "0.5", "0.5"], "--guidance-interval"),
+    ("01_sample", ["--prompt", "a", "--caption-settings", "5"], "should be K:T"),
+    ("03_pair_dpo", ["--pairs", "p", "--out", "o", "--und", "0", "--gen", "0"], "nothing to learn"),
+    ("03_pair_dpo", ["--pairs", "p", "--out", "o", "--beta", "0"], "nothing to learn"),
+])
+def test_options_that_do_nothing_together(name, options, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        stage(name).parse_args(options)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert named in said and said.count("\n") == 1
+
+
+def test_the_loop_keeps_what_it_sets_itself(tmp_path):
+    done = subprocess.run(["bash", ROOT / "run_selfplay.sh"], capture_output=True, text=True,
+                          env=os.environ | {"OUT": str(tmp_path / "o"), "SAMPLE": "--out elsewhere"})
+    assert done.returncode == 2 and not (tmp_path / "o").exists()
+    assert done.stderr == "error: --out is set by the loop, not in SAMPLE, SCORE, DPO or EVAL\n"

@@ -298,6 +298,8 @@ def test_appended_lines_continue(output, capsys, finished):
     made(output)
     if not finished:
         (output.folder / "out.txt").unlink()
+        (output.folder / "parts").mkdir()
+        (output.folder / "parts" / "0.log").write_text("work that is done")
     output.args["lines"].write_text("a\nb\nc\n")
     assert not complete(output)
     prepare(output)
@@ -309,6 +311,27 @@ def test_appended_lines_continue(output, capsys, finished):
     output.args["lines"].write_text("a\nb\nc\n")
     made(output)
     assert complete(output)
+
+
+def test_a_result_that_was_changed_is_not_complete(output):
+    """Cut by a disk, or edited by hand: neither passed on nor replaced in silence."""
+    made(output)
+    (output.folder / "out.txt").write_text("my own curation")
+    with pytest.raises(InputError, match="out.txt: changed since stage wrote it"):
+        complete(output)
+    refused(output, "changed since stage wrote it; --overwrite makes it again, another --out keeps")
+    refused(changed(output, show=9), "changed since stage wrote it")
+    made(changed(output, overwrite=True), "again")
+    assert complete(output) and (output.folder / "out.txt").read_text() == "again"
+
+
+def test_pictures_of_earlier_results_go(output):
+    made(output)
+    write_text(output.folder / "mine.png", "mine")
+    prepare(changed(output, show=1))
+    assert not (output.folder / "images" / "0.png").exists()
+    assert (output.folder / "mine.png").exists()
+    released()
 
 
 def test_derived_settings_are_made_again(output, capsys):

@@ -2,16 +2,18 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
+from conftest import stage
 from hermesflow.files import InputError
 from hermesflow.inputs import read_records
 from hermesflow.pictures import load_image
-from hermesflow.records import Question, check_question
+from hermesflow.records import Question, Sample, check_question
 from hermesflow.sampling import maskgit_decode, sample_tokens
 from hermesflow.options import ImageSampling
 from hermesflow.scoring import (NOTHING, answer_matcher, is_correct, meanings, nearest_text,
@@ -61,6 +63,26 @@ def test_choices_compare_as_words():
     assert question.answer == "yes"
     with pytest.raises(InputError, match="field 'choices' holds an empty one"):
         check_question(Question("is there a ring?", ["yes", " "], "yes"), "here")
+
+
+def test_records_without_questions_leave_the_others_alone(monkeypatch):
+    """In one batch: each record has the answers about its own images, however many it has."""
+    score = stage("02_score")
+    counts = {"a": 2, "b": 3, "c": 1}
+    samples = [Sample(id, "", "ring", questions=[Question(f"{id}?", ["yes", "no"], "yes")] * n,
+                      captions=["ring"], ended=[True]) for id, n in (("a", 1), ("b", 0), ("c", 2))]
+    monkeypatch.setattr(score, "sample_tensors",
+                        lambda s: {"images": torch.full((counts[s.id], 4), ord(s.id))})
+
+    def answer(model, images, questions, max_new_tokens):
+        return [[q.question + chr(int(image[0])) for q in asked]
+                for image, asked in zip(images, questions)]
+
+    monkeypatch.setattr(score, "answer_questions", answer)
+    scores = score.score_records(SimpleNamespace(device="cpu"), samples, lambda c, t: [1.0],
+                                 nearest_text, None, False, False, 4)
+    assert [s.answers for s in scores] == [[["a?a"]] * 2, [[]] * 3, [["c?c"] * 2]]
+    assert [len(s.image_scores) for s in scores] == [2, 0, 1]
 
 
 # ----------------------------------------------------------------------------------- captions, prompts

@@ -188,7 +188,8 @@ def check_codes(model, codes: torch.Tensor, where: str) -> None:
 
 def check_text_ids(model, ids: torch.Tensor, where: str) -> None:
     """Raises InputError if a token id is outside the vocabulary."""
-    if ids.is_floating_point() or ids.numel() and (ids.min() < 0 or ids.max() >= model.vocab_size):
+    outside = ids.numel() and (ids.min() < 0 or ids.max() >= model.vocab_size)
+    if ids.numel() and ids.is_floating_point() or outside:
         raise InputError(f"{where}: a token is outside the vocabulary")
 
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
@@ -87,11 +86,6 @@ def offline(repository: str, names: str, folder: Path, prefix: str = "") -> str:
 # --------------------------------------------------------------------------------- the connection
 
 
-def timed_failure(url: str) -> tuple[str, float]:
-    start = time.monotonic()
-    return hub.failure(url), time.monotonic() - start
-
-
 @pytest.fixture
 def direct(monkeypatch):
     """No proxies."""
@@ -106,9 +100,8 @@ def test_a_server_that_listens(direct):
 
 
 def test_a_port_that_is_closed(direct):
-    why, seconds = timed_failure(f"http://127.0.0.1:{closed_port()}/hub")
+    why = hub.failure(f"http://127.0.0.1:{closed_port()}/hub")
     assert why == "Connection refused" or "not supported" in why
-    assert seconds < 2
 
 
 @pytest.mark.parametrize("url, port", [
@@ -128,32 +121,34 @@ def test_the_port(direct, monkeypatch, url, port):
 def test_a_look_up_that_hangs(direct, monkeypatch):
     """As behind a firewall that drops packets: it cannot be interrupted, and is left alone."""
     monkeypatch.setattr(hub, "PATIENCE", 0.3)
+    answered = threading.Event()
 
     def look_up(*_):
-        time.sleep(5)
+        answered.wait()
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    why, seconds = timed_failure("https://hub")
-    assert why == "no answer in 0.3 s" and seconds < 2
+    assert hub.failure("https://hub") == "no answer in 0.3 s"  # and not when it is answered
+    answered.set()
 
 
 @pytest.mark.parametrize("works", [socket.AF_INET, socket.AF_INET6])
 def test_one_family_of_addresses_is_enough(direct, monkeypatch, works):
+    answered = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
 
         def look_up(host, port, family, kind):
             if family != works:
-                time.sleep(5)
+                answered.wait()
                 raise socket.gaierror(-3, "Temporary failure in name resolution")
             return [(family, kind, 0, "", address)]
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         original = socket.socket
         monkeypatch.setattr(socket, "socket", lambda family, kind: original(socket.AF_INET, kind))
-        why, seconds = timed_failure("http://hub")
-        assert why == "" and seconds < 2
+        assert hub.failure("http://hub") == ""  # before the other one is answered
+        answered.set()
 
 
 @pytest.mark.parametrize("variable, url, trusted", [
@@ -259,7 +254,6 @@ def test_what_is_required(cached):
 PROBE = """
 import json
 import sys
-import time
 
 from hermesflow.contents import digest
 from hermesflow.files import InputError
@@ -275,13 +269,12 @@ if heavy:
                 "tokenizer": lambda name: load_hf(AutoTokenizer, name)}
 results = []
 for loader, name in names:
-    start = time.monotonic()
     try:
         result = loaders[loader](name)
         result = result if isinstance(result, str) else type(result).__name__
     except InputError as error:
         result = str(error)
-    results.append((result, time.monotonic() - start))
+    results.append(result)
 print(json.dumps({"results": results, "torch": "torch" in sys.modules}))
 """
 
@@ -302,13 +295,13 @@ def test_a_mistyped_name_without_a_network(tmp_path):
     endpoint = f"http://127.0.0.1:{closed_port()}"
     names = [("digest", "nobody/nothing"), ("digest", "nothing"), ("digest", "toy/bse")]
     seen = probe(tmp_path, names, HF_ENDPOINT=endpoint)
-    (first, seconds), (second, _), (third, _) = seen["results"]
+    first, second, third = seen["results"]
     assert first.startswith(
         f"nobody/nothing: neither a folder here nor in the hub's cache ({tmp_path / 'hub'}), "
         f"and {endpoint} cannot be reached (")
     assert second.startswith("nothing: neither a folder here nor in the hub's cache")
     assert third.startswith("toy/bse: no such folder in toy")
-    assert seconds < 5 and not seen["torch"]
+    assert not seen["torch"]
 
 
 def test_what_is_cached_loads_without_a_network(tmp_path):
@@ -322,13 +315,12 @@ def test_what_is_cached_loads_without_a_network(tmp_path):
              ("tokenizer", "some/bert"), ("load", "nobody/nothing"), ("model", "nobody/nothing")]
     endpoint = f"http://127.0.0.1:{closed_port()}"
     seen = probe(tmp_path, names, heavy=True, HF_ENDPOINT=endpoint)
-    results = [result for result, _ in seen["results"]]
+    results = seen["results"]
     assert results[:3] == [REVISION[:16], "Model", "BertModel"]
     assert results[3].startswith("some/bert: cannot load as AutoTokenizer (tokenizer.json or ")
     assert f"and {endpoint} cannot be reached (" in results[3]
     for result in results[4:]:
         assert result.startswith("nobody/nothing: neither a folder here nor in the hub's cache")
-    assert all(seconds < 5 for _, seconds in seen["results"])
 
 
 # ----------------------------------------------------------------------------------- HF_HUB_OFFLINE

@@ -232,6 +232,9 @@ def main(args):
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     world = [sys.executable, ROOT / "toy" / "world.py", "--split", "preference", "--n", "24"]
     subprocess.run([*world, "--out", folder / "world"], check=True, stdout=subprocess.DEVNULL)
+    # absolute image paths, which are the same in outputs at any depth
+    records = folder / "world" / "records.jsonl"
+    records.write_text(records.read_text().replace('"images/', f'"{folder}/world/images/'))
     commands = stage_commands(folder)
 
     seconds = {}

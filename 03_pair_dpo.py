@@ -18,10 +18,10 @@ sum over the slots of one random mask, the same for win and lose, policy and ref
 from pathlib import Path
 
 from hermesflow.options import (COUNT, GUIDANCE, SEED, SHARE, above_zero, add_checkpoint_options,
-                                add_dry_run, check_batch, folder, integer, model_inputs,
-                                stage_parser, unless_dry_run)
+                                add_dry_run, folder, integer, model_inputs, stage_parser,
+                                unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
-from hermesflow.training_options import (SCHEDULES, WEIGHT, check_objective, epochs,
+from hermesflow.training_options import (SCHEDULES, WEIGHT, check_training, epochs,
                                          number_of_steps, tracker)
 
 
@@ -62,8 +62,7 @@ def parse_args(argv=None):
     add("--track", type=tracker, help="also log to accelerate's tracker: tensorboard, wandb, …")
     add_dry_run(parser)
     args = parser.parse_args(argv)
-    check_batch(parser, args.batch, args.micro_batch)
-    check_objective(parser, args)
+    check_training(parser, args)
     return unless_dry_run(args)
 
 

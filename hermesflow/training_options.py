@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hermesflow.files import InputError
 from hermesflow.jsonl import lines_of
-from hermesflow.options import above_zero, number
+from hermesflow.options import above_zero, check_batch, number
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
             "wandb")  # accelerate's: names of modules and of pip packages
@@ -43,7 +43,8 @@ def tracker(text: str) -> str:
     return text
 
 
-def check_objective(parser, args) -> None:
-    """Refuse weights that leave nothing to learn but the weight decay."""
+def check_training(parser, args) -> None:
+    """Refuse a batch that cannot be shared out, and weights that leave nothing to learn."""
+    check_batch(parser, args.batch, args.micro_batch)
     if not args.und * (args.beta + args.nll_und) + args.gen * (args.beta + args.nll_gen):
         parser.error("--und, --gen, --beta, --nll-und and --nll-gen leave nothing to learn")

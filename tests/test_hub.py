@@ -6,7 +6,6 @@ A tiny hub of one's own stands for the real one, and a closed port for a network
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys

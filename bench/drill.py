@@ -62,10 +62,9 @@ def complete(stage: str, command: list, out: Path, log: Path) -> None:
 
 def require_equal(what: str, out: Path, uninterrupted: Path, except_files: tuple = ()) -> None:
     """End the drill unless both folders hold the same files; then remove `out`."""
-    found = tree(out)
-    expected = tree(uninterrupted)
+    found = tree(out, except_files)
+    expected = tree(uninterrupted, except_files)
     names = sorted(found.keys() | expected.keys())
-    names = [n for n in names if Path(n).name not in except_files]
     different = [n for n in names if found.get(n) != expected.get(n)]
     if different:
         sys.exit(f"{what}: {out} differs from {uninterrupted}: {different[:5]}")

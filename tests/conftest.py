@@ -3,8 +3,14 @@ import os
 import sys
 from pathlib import Path
 
+# as in the processes that tests start: another number of threads rounds pictures otherwise
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from bench.kills import tree  # noqa: E402
+
 GOLDEN = Path(os.environ.get("GOLDEN", ROOT / "tests" / "golden"))
 
 
@@ -15,6 +21,11 @@ def stage(name: str):
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def results_of(folder) -> dict[str, str]:
+    """Digests of all that a stage writes, without its settings, which know the code."""
+    return tree(folder, but=["settings.json"])
 
 
 def main(module, *arguments):

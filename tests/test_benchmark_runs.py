@@ -21,7 +21,7 @@ from transformers import (BlipForQuestionAnswering, BlipProcessor, CLIPConfig,
                           PreTrainedTokenizerFast, SwinConfig)
 from transformers.models.mask2former import modeling_mask2former
 
-from conftest import main, stage
+from conftest import main, results_of, stage
 from evals import (clipscore, dpg, flickr30k, geneval, gqa, inception, judges, mme, mmmu, pope,
                    tifa, vqav2)
 from evals.detector import Detector, load_mask2former
@@ -74,13 +74,6 @@ def run(base, name: str, data, out, *more) -> dict:
     main(evaluation, "--benchmark", name, "--data", data, "--out", out, "--model", base,
          "--device", "cpu", *more)
     return json.loads((out / "metrics.json").read_text())
-
-
-def files_of(folder) -> dict[str, bytes]:
-    """What a run writes, without its settings."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    results = [p for p in files if p.name != "settings.json" and p.parent.name != ".run"]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in results}
 
 
 # ------------------------------------------------------------------------- understanding benchmarks
@@ -307,10 +300,10 @@ def test_predictions_and_metrics(understood):
 
 def test_finished_runs_are_left_alone(understood, base, monkeypatch, capsys):
     name, data, out, *_ = understood
-    before = files_of(out)
+    before = results_of(out)
     monkeypatch.setattr(Model, "generate_text", None)  # a call would fail
     run(base, name, data, out, "--max-new-tokens", TOKENS)
-    assert files_of(out) == before and f"| {name} " in capsys.readouterr().out
+    assert results_of(out) == before and f"| {name} " in capsys.readouterr().out
     with pytest.raises(InputError, match="other settings.*max-new-tokens 6 -> 7"):
         run(base, name, data, out, "--max-new-tokens", 7)
 
@@ -318,7 +311,7 @@ def test_finished_runs_are_left_alone(understood, base, monkeypatch, capsys):
 def test_answers_do_not_depend_on_the_batch(understood, base, tmp_path):
     name, data, out, *_ = understood
     run(base, name, data, tmp_path / "out", "--batch", 1, "--max-new-tokens", TOKENS)
-    assert files_of(tmp_path / "out") == files_of(out)
+    assert results_of(tmp_path / "out") == results_of(out)
 
 
 def test_interrupted_runs_continue(understood, base, tmp_path, monkeypatch):
@@ -339,7 +332,7 @@ def test_interrupted_runs_continue(understood, base, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "metrics.json").exists()
     run(base, name, data, tmp_path / "out", *more)
     assert sum(sizes) - sizes[1] == len(answers)  # nothing twice but the chunk that was cut
-    assert files_of(tmp_path / "out") == files_of(out)
+    assert results_of(tmp_path / "out") == results_of(out)
 
 
 def test_missing_official_files(understood, base, tmp_path):
@@ -641,10 +634,10 @@ def test_geneval(base, detector, mask2former, clip, tmp_path, monkeypatch):
     assert expected[0]["correct"] and not all(e["correct"] for e in expected)
     assert metrics["images"] == 12
 
-    before = files_of(out)
+    before = results_of(out)
     monkeypatch.setattr(geneval, "Detector", None)  # a call would fail
     run(base, "geneval", data, out, *more)
-    assert files_of(out) == before
+    assert results_of(out) == before
 
 
 def test_geneval_keeps_images(base, mask2former, clip, tmp_path):

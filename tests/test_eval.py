@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from conftest import ROOT, main, stage
+from conftest import ROOT, main, results_of, stage
 from evals import metrics, official
 from evals.judges import Clip, ModelJudge, require_finite
 from hermesflow.files import HELD, InputError
@@ -52,12 +52,6 @@ def evaluate(base, world, out, *more) -> dict:  # noqa: F811
     main(evaluation, "--records", world / "records.jsonl", "--out", out, "--model", base,
          "--judge", "self", "--max-new-tokens", 3, "--device", "cpu", "--show", 2, *DRAWING, *more)
     return json.loads((out / "metrics.json").read_text())
-
-
-def results_of(folder) -> dict[str, bytes]:
-    """What an evaluation writes, without its settings."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != ".run")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name != "settings.json"}
 
 
 def forbid_generation(monkeypatch) -> None:

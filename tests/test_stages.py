@@ -6,6 +6,7 @@ Real photographs, the original's JSON, resuming, several processes, the command 
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bench.kills import torchrun
-from conftest import ROOT, main, stage
+from bench.kills import torchrun, tree
+from conftest import ROOT, main, results_of, stage
 from evals import judges
 from hermesflow import runs, tables
 from hermesflow.files import InputError
@@ -103,9 +104,10 @@ def trained(world, paired):
     return world / "train"
 
 
-def files(folder, name: str) -> dict[str, bytes]:
+def files(folder, name: str) -> dict[str, str]:
     """name.jsonl and its shards."""
-    return {p.name: p.read_bytes() for p in folder.glob(f"{name}[.-]*")}
+    table = re.compile(rf"{name}(\.jsonl|-\d+\.safetensors)")
+    return {file: digest for file, digest in tree(folder).items() if table.fullmatch(file)}
 
 
 def read_log(folder):
@@ -388,16 +390,6 @@ def with_records(world, folder, count: int, change=lambda records: records):
             "--batch", 2, "--out", folder / "samples")
 
 
-def everything(folder) -> dict[str, bytes]:
-    """All results in an output folder."""
-    found = {}
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.is_file() and not name.startswith((".run", "settings.json")):
-            found[name] = path.read_bytes()
-    return found
-
-
 @pytest.mark.parametrize("shard_bytes", [None, 2 * 4 * (16 + 4 * 16)], ids=["one shard", "shards"])
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut"])
 def test_growing_equals_all_at_once(world, tmp_path, monkeypatch, capsys, finished, shard_bytes):
@@ -439,7 +431,7 @@ def test_growing_equals_all_at_once(world, tmp_path, monkeypatch, capsys, finish
         assert f"{samples}: made again from its results: records: 4 -> 6" in capsys.readouterr().out
     else:
         assert drawn == ["100", "101", "102", "103", "102", "103", "104", "105"]
-    assert everything(samples) == everything(whole / "samples")
+    assert results_of(samples) == results_of(whole / "samples")
 
     # the samples of four, and then those of six
     part = grown / "part"
@@ -456,7 +448,7 @@ def test_growing_equals_all_at_once(world, tmp_path, monkeypatch, capsys, finish
         assert "pairs: made again from its results: samples: 4 -> 6" in capsys.readouterr().out
     else:
         assert scored == ["100", "101", "102", "103", "103", "104", "105"]
-    assert everything(grown / "pairs") == everything(whole / "pairs")
+    assert results_of(grown / "pairs") == results_of(whole / "pairs")
 
     # and then nothing is left to do
     monkeypatch.setattr(sample, "sample_images", no_work)
@@ -476,8 +468,8 @@ def test_growing_with_a_record_that_is_skipped(world, tmp_path):
     main(sample, *with_records(world, tmp_path / "whole", 6, without_image))
     for count in (3, 6):
         main(sample, *with_records(world, tmp_path / "grown", count, without_image))
-    whole = everything(tmp_path / "whole" / "samples")
-    assert everything(tmp_path / "grown" / "samples") == whole
+    whole = results_of(tmp_path / "whole" / "samples")
+    assert results_of(tmp_path / "grown" / "samples") == whole
     assert b"missing.png" in whole["skipped.txt"] and whole["skipped.txt"].count(b"\n") == 1
     ids = [json.loads(line)["id"] for line in whole["samples.jsonl"].splitlines()]
     assert ids == ["100", "102", "103", "104", "105"]
@@ -511,7 +503,7 @@ def test_other_records_are_refused(world, tmp_path, four, count, change):
         main(sample, *with_records(world, folder, count, change))
     assert str(refused.value).startswith(
         f"{folder / 'samples'}: made with other settings (content of --records)")
-    assert everything(folder / "samples") == before
+    assert results_of(folder / "samples") == before
     samples = folder / "samples" / "samples.jsonl"
     lines = before["samples.jsonl"].splitlines(keepends=True)
     other = [lines[0].replace(b"user assistant", b"assistant user"), *lines[1:]]
@@ -520,7 +512,7 @@ def test_other_records_are_refused(world, tmp_path, four, count, change):
             samples.write_bytes(b"".join(text))
             with pytest.raises(InputError, match=r"other settings \(content of --samples\)"):
                 scoring(world, folder / "samples", folder / "pairs")
-            assert everything(folder / "pairs") == pairs_before
+            assert results_of(folder / "pairs") == pairs_before
     finally:
         samples.write_bytes(before["samples.jsonl"])
 
@@ -531,15 +523,15 @@ def four(world):
     folder = world / "four"
     main(sample, *with_records(world, folder, 4))
     scoring(world, folder / "samples", folder / "pairs")
-    return folder, everything(folder / "samples"), everything(folder / "pairs")
+    return folder, results_of(folder / "samples"), results_of(folder / "pairs")
 
 
 def test_more_pictures_are_made_of_the_same_samples(world, tmp_path, monkeypatch, capsys):
     arguments = with_records(world, tmp_path, 6)
     main(sample, *arguments)
     scoring(world, tmp_path / "samples", tmp_path / "pairs", "--show", 1)
-    samples = everything(tmp_path / "samples")
-    pairs = everything(tmp_path / "pairs")
+    samples = results_of(tmp_path / "samples")
+    pairs = results_of(tmp_path / "pairs")
     pictures = {f"images/{100 + i}/{k:02d}.png" for i in range(2) for k in range(4)}
     assert samples.keys() - files(tmp_path / "samples", "samples") == pictures | {"sheet.png"}
 
@@ -548,12 +540,12 @@ def test_more_pictures_are_made_of_the_same_samples(world, tmp_path, monkeypatch
     monkeypatch.setattr(score, "score_records", no_work)
     main(sample, *arguments, "--show", 3)
     assert f"{tmp_path / 'samples'}: made again from its results: show" in capsys.readouterr().out
-    more = everything(tmp_path / "samples")
+    more = results_of(tmp_path / "samples")
     assert more.keys() - samples.keys() == {f"images/102/{k:02d}.png" for k in range(4)}
     assert {name for name in samples if more[name] != samples[name]} == {"sheet.png"}
 
     scoring(world, tmp_path / "samples", tmp_path / "pairs", "--show", 2)
-    more = everything(tmp_path / "pairs")
+    more = results_of(tmp_path / "pairs")
     second = [p.id for p in read_jsonl(tmp_path / "pairs" / "pairs.jsonl", Pair)][1]
     assert more.keys() - pairs.keys() == {f"images/{second}-{n}.png"
                                           for n in ("real", "win", "lose")}
@@ -573,12 +565,12 @@ def test_pairs_are_made_again_without_scoring(world, sampled, paired, tmp_path, 
     expected = {}
     for name, options in choices.items():
         scoring(world, second, tmp_path / name, *options)
-        expected[name] = everything(tmp_path / name)
+        expected[name] = results_of(tmp_path / name)
     assert len({e["pairs.jsonl"] for e in expected.values()}) == len(choices)
     monkeypatch.setattr(score, "score_records", no_work)
     for name in [*choices, "higher"]:
         scoring(world, second, tmp_path / "first", *choices[name])
-        made = everything(tmp_path / "first")
+        made = results_of(tmp_path / "first")
         for file in ("scores.jsonl", "pairs.jsonl", "pairs-00000.safetensors", "pairs.png"):
             assert made[file] == expected[name][file], (name, file)
 

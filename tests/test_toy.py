@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from bench.kills import tree
 from hermesflow.files import InputError
 from hermesflow.options import ImageSampling
 from hermesflow.pictures import to_pil
@@ -48,14 +49,9 @@ def make_records(out, *options) -> None:
     world.main(world.parse_args(["--split", "eval", "--n", "5", "--out", str(out), *options]))
 
 
-def contents(folder) -> dict:
-    files = [p for p in folder.rglob("*") if p.is_file() and ".run" not in p.parts]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
-
 def test_records_are_written_again_after_a_kill(tmp_path, monkeypatch):
     make_records(tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
     out = tmp_path / "killed"
 
     def kill(*_):
@@ -66,11 +62,11 @@ def test_records_are_written_again_after_a_kill(tmp_path, monkeypatch):
         make_records(out)
     assert (out / "images").exists() and not (out / "records.jsonl").exists()
     make_records(out)
-    assert contents(out) == whole
+    assert tree(out) == whole
     # the same command writes the same bytes, and images that were removed
     (out / "images" / "eval-0-00003.png").unlink()
     make_records(out)
-    assert contents(out) == whole
+    assert tree(out) == whole
 
 
 @pytest.mark.parametrize("theirs", ["records.jsonl", "images/eval-0-00003.png", "images/cat.png"])
@@ -81,16 +77,16 @@ def test_records_do_not_replace_other_files(tmp_path, theirs):
     for options in ((), ("--overwrite",)):
         with pytest.raises(InputError, match="no stage wrote it"):
             make_records(tmp_path, *options)
-    assert contents(tmp_path) == {theirs: b"mine"}
+    assert list(tree(tmp_path)) == [theirs] and (tmp_path / theirs).read_bytes() == b"mine"
 
 
 def test_records_of_other_settings_are_not_replaced(tmp_path):
     make_records(tmp_path)
-    before = contents(tmp_path)
+    before = tree(tmp_path)
     for options in (("--n", "4"), ("--seed", "1"), ("--split", "train")):
         with pytest.raises(InputError, match="other settings"):
             make_records(tmp_path, *options)
-    assert contents(tmp_path) == before
+    assert tree(tmp_path) == before
     (tmp_path / "notes.txt").write_text("mine")
     make_records(tmp_path, "--n", "4", "--overwrite")
     assert len(list((tmp_path / "images").iterdir())) == 4
@@ -126,7 +122,8 @@ def test_pretraining_replaces_nothing(tmp_path, monkeypatch):
     arguments = ["--magvit-steps", "1", "--steps", "1", "--out"]
     with pytest.raises(InputError, match="no stage wrote it"):
         pretrain.main(pretrain.parse_args([*arguments, str(tmp_path)]))
-    assert contents(tmp_path) == {"base/config.json": b"mine"}
+    assert list(tree(tmp_path)) == ["base/config.json"]
+    assert (tmp_path / "base" / "config.json").read_bytes() == b"mine"
 
     # killed after its image tokenizer
     def kill(*_):
@@ -136,11 +133,11 @@ def test_pretraining_replaces_nothing(tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(pretrain.parse_args([*arguments, out]))
-    before = contents(tmp_path / "out")
+    before = tree(tmp_path / "out")
     assert "magvitv2/config.json" in before
     with pytest.raises(InputError, match="other settings"):
         pretrain.main(pretrain.parse_args([*arguments, out, "--seed", "1"]))
-    assert contents(tmp_path / "out") == before
+    assert tree(tmp_path / "out") == before
 
 
 def test_oracle_and_answers_are_exact_for_every_caption():

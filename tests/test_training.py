@@ -16,8 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from bench.kills import finish, torchrun, tree
-from conftest import ROOT, main, stage
+from bench.kills import finish, torchrun
+from conftest import ROOT, main, results_of, stage
 from hermesflow import states, training, training_options
 from hermesflow.files import InputError
 from hermesflow.jsonl import Lines, read_jsonl
@@ -70,13 +70,6 @@ def train(inputs, out, *more):
 
 def read_log(out) -> list[dict]:
     return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-
-
-def results(out) -> dict[str, bytes]:
-    """Every file but settings.json, which knows the code, and the lists of files."""
-    files = tree(out)
-    return {name: text for name, text in files.items()
-            if name != "settings.json" and not name.startswith(".run")}
 
 
 def after(monkeypatch, n: int, action) -> list:
@@ -269,7 +262,7 @@ def test_a_spoilt_last_update_is_not_saved(inputs, tmp_path, monkeypatch, whole)
     assert not (out / "checkpoint").exists() and (out / "state" / "step").read_text() == "4"
     monkeypatch.undo()
     train(inputs, out, "--save-every", 4)
-    assert results(out) == results(whole)
+    assert results_of(out) == results_of(whole)
 
 
 def test_a_spoilt_update_is_not_saved_as_a_state(inputs, tmp_path, monkeypatch):
@@ -390,7 +383,7 @@ def test_an_overflow_skips_the_step(inputs, tmp_path, monkeypatch, restored_prec
     monkeypatch.undo()
     in_float16(monkeypatch, 1.0)  # the state has another
     train(inputs, cut, *warmup)
-    assert results(cut) == results(out)
+    assert results_of(cut) == results_of(out)
 
 
 def test_overflows_that_last_end_the_run(inputs, tmp_path, monkeypatch, restored_precision):
@@ -425,7 +418,7 @@ def test_a_signal_saves_the_state_first(inputs, tmp_path, monkeypatch, capsys, w
     assert (out / "state" / "step").read_text() == "3"
     train(inputs, out, "--save-every", 0)
     assert len(calls) == 12 + 2 * STEPS
-    assert results(out) == results(whole)
+    assert results_of(out) == results_of(whole)
 
 
 def test_a_second_signal_ends_at_once(inputs, tmp_path, monkeypatch):
@@ -455,7 +448,7 @@ def test_a_signal_while_a_model_is_loaded_ends_at_once(inputs, tmp_path, monkeyp
 def test_a_signal_in_the_last_step_lets_it_end(inputs, tmp_path, monkeypatch, whole):
     after(monkeypatch, 12 + 2 * STEPS, raise_signal(signal.SIGTERM))
     train(inputs, tmp_path / "out")
-    assert results(tmp_path / "out") == results(whole)
+    assert results_of(tmp_path / "out") == results_of(whole)
 
 
 @pytest.mark.parametrize("how", ["signal", "kill"])
@@ -474,7 +467,7 @@ def test_the_reference_continues_where_it_was(inputs, tmp_path, monkeypatch, cap
         file.write("14\t{")  # of a kill while it was written
     train(inputs, out)
     assert len(first) == 7 + (12 - kept) + 2 * STEPS
-    assert results(out) == results(whole) and not (out / "reference").exists()
+    assert results_of(out) == results_of(whole) and not (out / "reference").exists()
 
 
 def test_the_reference_is_reused_with_another_micro_batch(inputs, tmp_path, monkeypatch, whole):
@@ -525,7 +518,7 @@ def test_a_state_in_several_files(inputs, tmp_path, monkeypatch, whole):
     assert len(list((tmp_path / "out" / "state").glob("*.safetensors"))) > 3
     monkeypatch.undo()
     train(inputs, tmp_path / "out")
-    assert results(tmp_path / "out") == results(whole)
+    assert results_of(tmp_path / "out") == results_of(whole)
 
 
 def test_killed_while_a_state_is_replaced(inputs, tmp_path, monkeypatch, whole):
@@ -548,7 +541,7 @@ def test_killed_while_a_state_is_replaced(inputs, tmp_path, monkeypatch, whole):
     assert not (out / "state").exists() and (out / "state.new" / "step").read_text() == "4"
     calls = after(monkeypatch, 0, None)
     train(inputs, out, "--save-every", 2)
-    assert len(calls) == 2 * 2 and results(out) == results(whole)
+    assert len(calls) == 2 * 2 and results_of(out) == results_of(whole)
 
 
 def truncated(path):
@@ -619,7 +612,7 @@ def test_damage_is_overwritten(inputs, half_done, tmp_path, whole):
     shutil.copytree(half_done, out)
     truncated(out / "state" / "00000.safetensors")
     train(inputs, out, "--overwrite")
-    assert results(out) == results(whole)
+    assert results_of(out) == results_of(whole)
 
 
 def test_a_full_disk_in_a_state_is_one_line(inputs, tmp_path, whole):
@@ -632,7 +625,7 @@ def test_a_full_disk_in_a_state_is_one_line(inputs, tmp_path, whole):
     assert lines[-1].startswith(f"error: {out}/state.new/00000.safetensors: cannot write: ")
     assert not any("Traceback" in line for line in lines)
     assert finish("03_pair_dpo", arguments, log) == 0
-    assert results(out) == results(whole)
+    assert results_of(out) == results_of(whole)
 
 
 def test_a_folder_that_is_removed_under_a_run(inputs, tmp_path, monkeypatch):

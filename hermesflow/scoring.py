@@ -8,7 +8,7 @@ A caption scorer is a function (captions, ground truth) -> scores, an answer mat
 import difflib
 import re
 from collections import Counter
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -106,13 +106,14 @@ def caption_scorer(name: str, device):
 
 def answer_matcher(name: str, device):
     """(answer, choices) -> the choice it means. The original: sentence embeddings, mean pooling."""
-    if name == "text":
-        return nearest_text
-    encode = SentenceEncoder(name, "mean", device)
+    nearest = nearest_text
+    if name != "text":
+        encode = SentenceEncoder(name, "mean", device)
 
-    @cache  # the same few answers come again and again
-    def nearest(answer: str, choices: tuple[str]) -> str:
-        return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
+        def nearest(answer: str, choices: tuple[str]) -> str:
+            return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
+
+    nearest = lru_cache(10**5)(nearest)  # the same few answers come again and again
 
     def match(answer: str, choices: list[str]) -> str:
         if answer in choices:

@@ -182,8 +182,8 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     answers = defaultdict(list)
     for item, file in tqdm(grids.items(), desc="ask"):
         for crop in split_grid(file):
-            answered = {q.number: judge.vqa_answer(crop, q.question) for q in by_item[item]}
-            answers[item].append(answered)
+            answered = judge.vqa_answers(crop, [q.question for q in by_item[item]])
+            answers[item].append({q.number: a for q, a in zip(by_item[item], answered)})
     write_text(out / "answers.json", json.dumps(answers) + "\n")
 
     scores = both_scores(questions, answers)

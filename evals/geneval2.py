@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from evals.judges import ModelJudge, ModelNames, require_finite
+from evals.judges import ModelJudge, ModelNames
 from evals.official import get, percent, read_json_lines, read_picture, require
 from hermesflow.files import write_text
 from hermesflow.records import about
@@ -76,25 +75,15 @@ def accepted(question: str, answer: str) -> list[str]:
     return [*words, digits, f" {digits}"]
 
 
-@torch.inference_mode()
-def probability(judge: ModelJudge, picture: Image.Image, question: str,
-                answers: list[str]) -> float:
-    """That the judge's first token is the first one of any of the answers."""
-    content = [{"type": "image", "image": picture},
-               {"type": "text", "text": question_text(question)}]
-    inputs = judge.processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(judge.model.device)
-    out = judge.model.generate(**inputs, max_new_tokens=1, do_sample=False, output_scores=True,
-                               return_dict_in_generate=True)
-    probabilities = require_finite(out.scores[0][0].float().softmax(-1), judge.name)  # (V,)
-    # the official judge's tokenizer keeps all answers apart; another one may not
-    first = {first_token(judge.processor.tokenizer, answer) for answer in answers}
-    return sum(probabilities[token].item() for token in sorted(first))
+def probabilities(judge: ModelJudge, picture: Image.Image, asked: list[tuple]) -> list[float]:
+    """Per (question, answer): that the judge's first token is the first one of any accepted one."""
+    rows = judge.first_tokens(picture, [question_text(question) for question, _ in asked])  # (B, V)
+    values = []
+    for row, (question, answer) in zip(rows, asked):
+        # the official judge's tokenizer keeps all answers apart; another one may not
+        first = {first_token(judge.processor.tokenizer, a) for a in accepted(question, answer)}
+        values.append(sum(row[token].item() for token in sorted(first)))
+    return values
 
 
 def first_token(tokenizer, text: str) -> int:
@@ -134,8 +123,7 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     for p, file in zip(tqdm(prompts, desc="ask"), files):
         picture = read_picture(file, upright=True)
         with about(str(file)):
-            scores.append([probability(judge, picture, question, accepted(question, answer))
-                           for question, answer in p.vqa_list])
+            scores.append(probabilities(judge, picture, p.vqa_list))
     paths = {p.prompt: str(file) for p, file in zip(prompts, files)}
     write_text(out / "image_paths.json", json.dumps(paths, indent=1) + "\n")
     write_text(out / "score_lists.json", json.dumps(scores) + "\n")

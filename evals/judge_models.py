@@ -110,36 +110,48 @@ class ModelJudge:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
+    @torch.inference_mode()
     def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
         if self.is_vqa:
             return self.vqa_answers(picture, [q.question for q in questions])
         answers = []
-        for i in range(0, len(questions), JUDGED_AT_ONCE):
-            answers += self.chat_answers(picture, questions[i : i + JUDGED_AT_ONCE])
+        texts = [f"{q.question} Choose one of: {', '.join(q.choices)}. Answer with the choice only."
+                 for q in questions]
+        for inputs in self.chats(picture, texts):
+            ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False,
+                                      logits_processor=self.refuse_nan)
+            ids = ids[:, inputs["input_ids"].shape[1] :]  # without the prompts
+            answers += [self.processor.decode(i, skip_special_tokens=True).strip() for i in ids]
         return answers
 
     @torch.inference_mode()
-    def chat_answers(self, picture: Image.Image, questions: list[Question]) -> list[str]:
-        prompts = [self.chat_prompt(q) for q in questions]
+    def first_tokens(self, picture: Image.Image, texts: list[str]) -> torch.Tensor:
+        """(B, V) probabilities of the first token of the answers."""
+        probabilities = []
+        for inputs in self.chats(picture, texts):
+            out = self.model.generate(**inputs, max_new_tokens=1, do_sample=False,
+                                      output_scores=True, return_dict_in_generate=True)
+            rows = out.scores[0].float().softmax(-1)  # (B, V)
+            probabilities.append(require_finite(rows, self.name).cpu())
+        return torch.cat(probabilities)
+
+    def chats(self, picture: Image.Image, texts: list[str]):
+        """A batch's inputs at a time: the picture and a text, as what a user says."""
         # many templates write the first token themselves
         first = self.processor.tokenizer.bos_token
-        begins = first is not None and prompts[0].startswith(first)
-        inputs = self.processor(
-            text=prompts,
-            images=[[picture]] * len(prompts),
-            add_special_tokens=not begins,
-            padding=True,
-            padding_side="left",  # answers go on where the questions end
-            return_tensors="pt",
-        ).to(self.model.device)
-        ids = self.model.generate(**inputs, max_new_tokens=20, do_sample=False,
-                                  logits_processor=self.refuse_nan)
-        ids = ids[:, inputs["input_ids"].shape[1] :]  # without the prompts
-        return [self.processor.decode(i, skip_special_tokens=True).strip() for i in ids]
+        for i in range(0, len(texts), JUDGED_AT_ONCE):
+            prompts = [self.chat_prompt(text) for text in texts[i : i + JUDGED_AT_ONCE]]
+            begins = first is not None and prompts[0].startswith(first)
+            yield self.processor(
+                text=prompts,
+                images=[[picture]] * len(prompts),
+                add_special_tokens=not begins,
+                padding=True,
+                padding_side="left",  # answers go on where the questions end
+                return_tensors="pt",
+            ).to(self.model.device)
 
-    def chat_prompt(self, question: Question) -> str:
-        choices = ", ".join(question.choices)
-        text = f"{question.question} Choose one of: {choices}. Answer with the choice only."
+    def chat_prompt(self, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}],
                                                   add_generation_prompt=True)
@@ -154,9 +166,6 @@ class ModelJudge:
                 answered = self.vqa_batch(picture, [questions[i] for i in some])
                 answers.update(zip(some, answered))
         return [answers[i] for i in range(len(questions))]
-
-    def vqa_answer(self, picture: Image.Image, question: str) -> str:
-        return self.vqa_batch(picture, [question])[0]
 
     @torch.inference_mode()
     def vqa_batch(self, picture: Image.Image, questions: list[str]) -> list[str]:

@@ -701,13 +701,13 @@ def test_dpg(base, tmp_path, monkeypatch):
     there = photo(out / "images" / "coco 8.png", 1, (60, 40))
     before = there.read_bytes()
     judged = []
-    vqa_answer = judges.ModelJudge.vqa_answer
+    vqa_answers = judges.ModelJudge.vqa_answers
 
-    def recorded(judge, crop, question):
-        judged.append(crop)
-        return vqa_answer(judge, crop, question)
+    def recorded(judge, crop, questions):
+        judged.extend([crop] * len(questions))
+        return vqa_answers(judge, crop, questions)
 
-    monkeypatch.setattr(judges.ModelJudge, "vqa_answer", recorded)
+    monkeypatch.setattr(judges.ModelJudge, "vqa_answers", recorded)
     metrics = run(base, "dpg", data, out, *DRAWING, "--vqa", blip)
     assert there.read_bytes() == before and not (out / "crops" / "coco 8").exists()
 

@@ -112,7 +112,9 @@ def test_model_judge_answers(llava):
 def test_model_judge_matches_the_models_words(llava, monkeypatch):
     judge = ModelJudge(str(llava), nearest_text, "cpu")
     words = ["It is BLUE.", "2", "no"]
-    monkeypatch.setattr(judge, "chat_answers", lambda picture, questions: words)
+    monkeypatch.setattr(judge.processor, "decode", lambda ids, **_: words[int(ids[0])])
+    monkeypatch.setattr(judge.model, "generate",
+                        lambda input_ids, **_: torch.cat([input_ids, torch.arange(3)[:, None]], 1))
     answers = judge.answer(PICTURE, QUESTIONS)
     assert answers == words  # unchanged, so that the judge can be audited
     assert judge.is_correct(answers, QUESTIONS) == [True, True, True]
@@ -212,7 +214,7 @@ def test_vqa_batches_answer_as_one_by_one(tmp_path, monkeypatch, at_once, sizes)
     texts = ("is it red?", "what color is it?", "how many red?", "is it two?", "how many?",
              "is it blue?", "what color is blue?")
     questions = [Question(t, ["yes"], "yes") for t in texts]
-    alone = [judge.vqa_answer(PICTURE, t) for t in texts]
+    alone = [judge.vqa_answers(PICTURE, [t])[0] for t in texts]
     assert len(set(alone)) > 1
     inputs = record_inputs(judge, monkeypatch)
     monkeypatch.setattr(judge_models, "JUDGED_AT_ONCE", at_once)

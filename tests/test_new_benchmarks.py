@@ -474,7 +474,7 @@ def llava(tmp_path):
     return tmp_path / "llava"
 
 
-def test_geneval2_probability(llava):
+def test_geneval2_probabilities(llava, monkeypatch):
     """By one forward pass; each token counts once, though two answers begin with it."""
     picture = Image.new("RGB", (40, 40), "red")
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
@@ -485,7 +485,10 @@ def test_geneval2_probability(llava):
         probabilities = model(**inputs).logits[0, -1].softmax(-1)
     tokens = processor.tokenizer.convert_tokens_to_ids(["two", "<unk>"])
     judge = ModelJudge(str(llava), None, "cpu")
-    value = geneval2.probability(judge, picture, "how many?", ["two", " two", "2", "Two"])
+    # a longer question beside it changes nothing
+    monkeypatch.setattr(geneval2, "accepted", lambda question, answer: ["two", " two", "2", "Two"])
+    asked = [("how many?", "two"), ("how many red red red?", "two")]
+    value, _ = geneval2.probabilities(judge, picture, asked)
     assert value == pytest.approx(probabilities[tokens].sum().item(), rel=1e-4)
 
 
@@ -501,9 +504,8 @@ def test_geneval2_run(policy, llava, tmp_path):
     scores = json.loads((out / "score_lists.json").read_text())
     judge = ModelJudge(str(llava), None, "cpu")
     picture = Image.open(files[0]).convert("RGB")
-    question, answer = prompts[0].vqa_list[1]
-    assert scores[0][1] == geneval2.probability(judge, picture, question,
-                                                geneval2.accepted(question, answer))
+    alone = geneval2.probabilities(judge, picture, [prompts[0].vqa_list[1]])
+    assert scores[0][1] == pytest.approx(alone[0], rel=1e-4)
     assert [len(own) for own in scores] == [3, 1, 1]
     assert metrics == {"judge": str(llava), **geneval2.score(prompts, scores)}
 

@@ -18,7 +18,7 @@ from bench import kills
 from bench.kills import finish, tree
 from conftest import ROOT, main
 from hermesflow import outputs
-from hermesflow.files import InputError
+from hermesflow.files import InputError, read_object
 from hermesflow.jsonl import read_jsonl
 from hermesflow.outputs import run_main
 from hermesflow.records import Pair
@@ -89,7 +89,7 @@ def test_output_that_cannot_be_written(world, sampled):  # noqa: F811
 
 
 def test_changed_inputs_are_noticed(world, tmp_path, monkeypatch):  # noqa: F811
-    """Another argument, an edited record, question, image or weight, another format.
+    """Another argument, an edited record, image or weight, another format.
 
     It is named, and nothing is touched.
     """
@@ -107,7 +107,6 @@ def test_changed_inputs_are_noticed(world, tmp_path, monkeypatch):  # noqa: F811
     base = tmp_path / "base"
     inputs = [
         (tmp_path / "initial_data.json", b"caption\": \"", b"caption\": \"the ", "--records"),
-        (tmp_path / "vqa_data.json", b"question\": \"", b"question\": \"so ", "--records"),
         (tmp_path / "3.jpg", None, b" ", "--records"),
         (base / "pytorch_model.safetensors", None, b" ", "--model"),
         (base / "tokenizer" / "tokenizer.json", None, b" ", "--model"),
@@ -120,7 +119,7 @@ def test_changed_inputs_are_noticed(world, tmp_path, monkeypatch):  # noqa: F811
         path.write_bytes(good)
     with pytest.raises(InputError, match="seed 0 -> 1"):
         sampling(tmp_path, out, "--seed", 1)
-    old = json.loads(before["settings.json"])["format"]
+    old = read_object(out / "settings.json")["format"]
     monkeypatch.setattr(outputs, "FORMAT", "99")
     with pytest.raises(InputError, match=rf"another version \(format {old} -> 99\)"):
         sampling(tmp_path, out)

@@ -3,6 +3,7 @@
 reads   pairs.jsonl of stage 2 and a checkpoint: the policy, and by default also the reference
 writes  OUT/checkpoint          what stage 1 (and the original program) loads
         OUT/train.jsonl         one line per step: losses, margins, log-prob changes, accuracy, …
+        OUT/previews/000100.png   what the policy draws of fixed texts, if asked to
         OUT/reference.safetensors, OUT/state   what an interrupted run continues from
 
     python 03_pair_dpo.py --pairs runs/try/pairs/pairs.jsonl --out runs/try/train
@@ -21,7 +22,7 @@ from hermesflow.options import (COUNT, GUIDANCE, SEED, SHARE, above_zero, add_ch
                                 add_dry_run, folder, integer, model_inputs, stage_parser,
                                 unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
-from hermesflow.training_options import (SCHEDULES, WEIGHT, check_training, epochs,
+from hermesflow.training_options import (SCHEDULES, WEIGHT, check_training, epochs, lora_rank,
                                          number_of_steps, tracker)
 
 
@@ -48,6 +49,7 @@ def parse_args(argv=None):
     add("--batch", type=COUNT, default=32, help="records per step, of all processes (paper: 8 x 4)")
     add("--micro-batch", type=COUNT, default=4, help="records per forward pass and process")
     add("--lr", type=above_zero(10), default=2e-5, help="highest learning rate")
+    add("--lora", type=lora_rank, metavar="RANK", help="train adapters only; takes ten times --lr")
     add("--warmup", type=SHARE, default=0.05, help="share of the steps")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     add("--weight-decay", type=WEIGHT, default=0.01, help="of matrices")
@@ -59,6 +61,10 @@ def parse_args(argv=None):
     add("--seed", type=SEED, default=0, help="enters all seeds")
     add("--device", choices=["cpu"], help="cpu, also where there is an accelerator")
     add("--save-every", type=integer(0), default=100, help="steps between states; 0: at signals")
+    add("--grad-norms-every", type=integer(0), default=100,
+        help="steps between looks at each half's own gradient, which cost two more; 0: never")
+    add("--preview-every", type=integer(0), default=0, help="steps between drawings; 0: never")
+    add("--preview-guidance", type=GUIDANCE, default=5.0, help="of the drawings, in 16 steps")
     add("--track", type=tracker, help="also log to accelerate's tracker: tensorboard, wandb, …")
     add_dry_run(parser)
     args = parser.parse_args(argv)
@@ -70,10 +76,11 @@ def output_of(args) -> Output:
     """What decides the checkpoint. pairs.jsonl holds digests of its tensors."""
     steps = number_of_steps(args.steps, args.pairs, args.batch)
     return Output(args.out, "03_pair_dpo", "checkpoint/config.json",
-                  writes=("checkpoint", "train.jsonl", "reference.safetensors"),
-                  args=vars(args) | {"steps": steps},
+                  writes=("checkpoint", "train.jsonl", "reference.safetensors", "previews"),
+                  args={k: v for k, v in vars(args).items() if v is not None} | {"steps": steps},
                   inputs={"pairs": args.pairs, "reference": args.reference, **model_inputs(args)},
-                  free=("device", "micro_batch", "save_every", "track", "gradient_checkpointing"),
+                  free=("device", "micro_batch", "save_every", "track", "gradient_checkpointing",
+                        "grad_norms_every", "preview_every", "preview_guidance"),
                   derived=(), code=(__file__,))
 
 
@@ -82,25 +89,24 @@ if __name__ == "__main__":
     ARGS = parse_args()
     run_main(lambda: exit_if_complete(output_of(ARGS)))
 
-import math
-from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
 from hermesflow.jsonl import read_jsonl
+from hermesflow.lora import add_adapters, merge_adapters
 from hermesflow.records import CAPTION_QUESTION, Pair
 from hermesflow.runs import prepare_output, say
 from hermesflow.sampling import stable_seed, uniforms
 from hermesflow.showo import decay_groups
 from hermesflow.states import State, final_weights
 from hermesflow.tables import check_pairs, tensors_of
-from hermesflow.training import (Interruptions, ReferenceFile, assert_healthy, distance,
-                                 mean_figures, micro_batches, remaining_steps, start_accelerator,
-                                 start_trackers, write_log)
+from hermesflow.training import (Interruptions, ReferenceFile, Visit, micro_batches,
+                                 remaining_steps, start_accelerator, training_order)
+from hermesflow.watching import (Previews, assert_healthy, distance, due, figures, gradient_figures,
+                                 half_norms, mean_figures, start_trackers, write_log)
 from model import ImageBatch, LogProbs, Model, TextBatch, load, save
 
 WIN, LOSE = 0, 1  # columns of (B, 2) log-probs
@@ -139,32 +145,7 @@ def pair_dpo(und: LogProbs, gen: LogProbs, reference: torch.Tensor, beta: float,
     return loss, log
 
 
-def figures(half: str, loss, nll, delta, logps: LogProbs, reference, beta: float) -> dict:
-    """What to watch of one half: falling log-probs of winners are likelihood displacement."""
-    change = (logps.sums - reference).mean(0)
-    return {f"loss_{half}": loss, f"nll_{half}": nll, f"margin_{half}": beta * delta.mean(),
-            f"accuracy_{half}": (delta > 0).float().mean(),
-            f"win_change_{half}": change[WIN], f"lose_change_{half}": change[LOSE],
-            f"win_length_{half}": logps.counts[:, WIN].mean(),
-            f"lose_length_{half}": logps.counts[:, LOSE].mean()}
-
-
 # --------------------------------------------------------------------------------------------- data
-
-
-class Visit(NamedTuple):  # of a record, in one epoch
-    pair: Pair
-    epoch: int
-
-
-def training_order(pairs: Sequence[Pair], steps: int, batch: int, seed: int) -> torch.Tensor:
-    """(steps·batch, 2) positions of pairs and epochs: a new seeded permutation every epoch."""
-    order = []
-    for epoch in range(math.ceil(steps * batch / len(pairs))):
-        generator = torch.Generator().manual_seed(stable_seed(seed, epoch, "order"))
-        shuffled = torch.randperm(len(pairs), generator=generator)
-        order.append(torch.stack([shuffled, torch.full_like(shuffled, epoch)], 1))
-    return torch.cat(order)[: steps * batch]
 
 
 def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: float,
@@ -207,9 +188,8 @@ def compute_reference(model: Model, reference: ReferenceFile, batch_at, ids_at, 
     reference.save()
 
 
-def train_step(model: Model, optimizer, visits: range, micro_batch: int, batch_at, reference,
-               loss_fn, clip: float, accelerator) -> dict[str, float]:
-    """One optimizer step over the micro-batches of this process; the mean figures of all."""
+def add_gradient(model, visits, micro_batch, batch_at, reference, loss_fn, accelerator) -> list:
+    """The gradient of a step, over the micro-batches of all processes; figures of this one's."""
     watched = []
     for at in micro_batches(visits, micro_batch, accelerator):
         with accelerator.accumulate(model.net):
@@ -217,12 +197,19 @@ def train_step(model: Model, optimizer, visits: range, micro_batch: int, batch_a
             ref = reference[at.start : at.stop].to(accelerator.device)  # (B, 2, 2)
             loss, log = loss_fn(und, gen, ref)
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.net.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
         watched.append(log | {"distance": distance(torch.stack([und.sums, gen.sums], 1), ref)})
-    return mean_figures(watched, float(norm), optimizer, accelerator)
+    return watched
+
+
+def train_step(net, optimizer, gradient_of, loss_fn, clip, halves, accelerator) -> dict:
+    """One optimizer step; the mean figures of all. halves: with the norm of each one's gradient."""
+    alone = half_norms(net, optimizer, gradient_of, loss_fn, accelerator) if halves else None
+    watched = gradient_of(loss_fn=loss_fn)
+    norms = gradient_figures(net, alone, accelerator) if halves else {}
+    norm = accelerator.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_figures(watched, {"grad_norm": float(norm), **norms}, optimizer, accelerator)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -238,7 +225,6 @@ def main(args):
         return
     say(f"round {args.round}: training {args.model} on {len(pairs)} pairs, "
         f"{steps} steps of {args.batch} records")
-    start_trackers(output, accelerator)
     seed = (args.seed, args.round)
     order = training_order(pairs, steps, args.batch, stable_seed(*seed))
 
@@ -252,6 +238,8 @@ def main(args):
     def prepare(folder) -> tuple:  # model and optimizer together, as sharding wants it
         model = load(folder, args.image_tokenizer, args.text_tokenizer)
         model.net.checkpoint_activations(args.gradient_checkpointing)
+        if args.lora:  # without an update, the model is its own reference
+            add_adapters(model.net, args.lora, seed, args.precision)
         optimizer = torch.optim.AdamW(decay_groups(model.net, args.weight_decay), lr=args.lr)
         model.net, optimizer = accelerator.prepare(model.net, optimizer)
         return model, optimizer
@@ -273,13 +261,19 @@ def main(args):
         scheduler = get_scheduler(args.schedule, optimizer, round(args.warmup * steps), steps)
         state = State(args.out, model.net, optimizer, scheduler, accelerator)
         bar = remaining_steps(steps, args.save_every, state, interruptions)
+        start_trackers(output, bar.n, accelerator)
+        previews = Previews(model, pairs, args.preview_every, args.preview_guidance, args.seed,
+                            accelerator, args.out)
         loss_fn = partial(pair_dpo, beta=args.beta, und_weight=args.und, gen_weight=args.gen,
                           nll_und_weight=args.nll_und, nll_gen_weight=args.nll_gen)
         model.net.train()
         for step in bar:
+            previews.draw(step)
             visits = range(step * args.batch, (step + 1) * args.batch)
-            log = train_step(model, optimizer, visits, args.micro_batch, batch_at,
-                             reference_logps, loss_fn, args.clip, accelerator)
+            gradient_of = partial(add_gradient, model, visits, args.micro_batch, batch_at,
+                                  reference_logps, accelerator=accelerator)
+            log = train_step(model.net, optimizer, gradient_of, loss_fn, args.clip,
+                             due(step + 1, args.grad_norms_every), accelerator)
             log = {"step": step, **log, "lr": scheduler.get_last_lr()[0]}
             assert_healthy(log, ids_at(visits), reference)
             if not optimizer.step_was_skipped:
@@ -287,13 +281,17 @@ def main(args):
             write_log(log, accelerator, args.out)
             bar.set_postfix({k: f"{log[k]:.2f}" for k in ("loss", "accuracy_und", "accuracy_gen")})
 
+        previews.draw(steps)
         weights = final_weights(model.net, steps, accelerator)
         if accelerator.is_main_process:
+            if args.lora:  # into the weights of the file, which bfloat16 has not rounded
+                base = load(args.model, args.image_tokenizer, args.text_tokenizer)
+                weights = merge_adapters(base.net, weights)
             save(model, args.out / "checkpoint", weights)
             finish(output)
             print(f"{len(pairs)} pairs, {steps} steps: {args.out / 'checkpoint'}")
     accelerator.free_memory()
-    del model, optimizer, state  # a DDP model that outlives its process group can hang
+    del model, optimizer, state, gradient_of  # a DDP model that outlives its process group can hang
     accelerator.end_training()
 
 

@@ -55,7 +55,10 @@ def undamaged(path):
 
 
 class State:
-    """OUT/state: weights, optimizer and schedule after a step; its file `step` is written last."""
+    """OUT/state: weights, optimizer and schedule after a step; its file `step` is written last.
+
+    Of weights, those that are trained: with adapters, these alone.
+    """
 
     def __init__(self, out: Path, net: torch.nn.Module, optimizer, scheduler,
                  accelerator: Accelerator):
@@ -66,7 +69,8 @@ class State:
         for module in net.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass leaves whole parameters behind
-        self.parameters = dict(net.named_parameters())
+        self.names = {p: name for name, p in net.named_parameters()}
+        self.parameters = {name: p for p, name in self.names.items() if p.requires_grad}
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.accelerator = accelerator
@@ -78,7 +82,7 @@ class State:
         say(f"state: {size} every {every} steps, twice while it is replaced")
 
     def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights, and all that the optimizer keeps of them, by "KEY NAME"."""
+        """The weights, and all that the optimizer keeps of them, by "KEY NAME"."""
         for name, p in self.parameters.items():
             for key, value in {"weight": p, **self.optimizer.state.get(p, {})}.items():
                 if isinstance(value, DTensor):
@@ -146,8 +150,7 @@ class State:
 
     @torch.no_grad()
     def load(self, rest: dict) -> None:
-        names = {p: name for name, p in self.parameters.items()}
-        order = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+        order = [self.names[p] for group in self.optimizer.param_groups for p in group["params"]]
         kept = {name: {} for name in order}  # of the optimizer
         count = 0
         for file in sorted(self.folder.glob("*.safetensors")):

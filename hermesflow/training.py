@@ -1,26 +1,25 @@
-"""A training run around its steps: processes, signals, the reference's log-probs, the log."""
+"""A training run around its steps: processes, order, signals, the reference's log-probs."""
 
-import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
-from hermesflow.files import InputError, claim, holdings, reason, remove, writing
-from hermesflow.outputs import Output
+from hermesflow.files import InputError, reason, remove
+from hermesflow.records import Pair
 from hermesflow.runs import PATIENCE, Parts
+from hermesflow.sampling import stable_seed
 from hermesflow.states import State, undamaged
 from hermesflow.tables import load_tensors, save_tensors
 
 FLUSH_SECONDS = 5.0  # of the reference pass that a kill may cost
-ROUNDING = {"no": 1e-4, "bf16": 1e-2, "fp16": 2e-3}  # relative, of log-probs computed twice
-LOWEST_SCALE = 2.0**-4  # of float16 gradients: it starts at 2^16, and an overflow halves it
 
 
 def start_accelerator(batch: int, micro_batch: int, device: str | None, precision: str,
@@ -45,10 +44,22 @@ def start_accelerator(batch: int, micro_batch: int, device: str | None, precisio
     return accelerator
 
 
-def start_trackers(output: Output, accelerator: Accelerator) -> None:
-    """Begin to log to what --track names, if it does; files go into OUT."""
-    settings = {name: str(value) for name, value in output.args.items()}
-    accelerator.init_trackers("pair-dpo", settings, {"wandb": {"dir": str(output.folder)}})
+# -------------------------------------------------------------------------------------------- order
+
+
+class Visit(NamedTuple):  # of a record, in one epoch
+    pair: Pair
+    epoch: int
+
+
+def training_order(pairs: Sequence[Pair], steps: int, batch: int, seed: int) -> torch.Tensor:
+    """(steps·batch, 2) positions of pairs and epochs: a new seeded permutation every epoch."""
+    order = []
+    for epoch in range(math.ceil(steps * batch / len(pairs))):
+        generator = torch.Generator().manual_seed(stable_seed(seed, epoch, "order"))
+        shuffled = torch.randperm(len(pairs), generator=generator)
+        order.append(torch.stack([shuffled, torch.full_like(shuffled, epoch)], 1))
+    return torch.cat(order)[: steps * batch]
 
 
 def micro_batches(visits: range, size: int, accelerator: Accelerator) -> list[range]:
@@ -228,51 +239,3 @@ def remaining_steps(steps: int, save_every: int, state: State,
 
     return tqdm(numbers(), desc="Pair-DPO", initial=start, total=steps,
                 disable=not interruptions.accelerator.is_main_process)
-
-
-def distance(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """How far log-probs have gone from the reference's, relative to their size."""
-    return (policy - reference).abs().mean() / reference.abs().mean().clamp(min=1)
-
-
-def mean_figures(watched: list[dict[str, torch.Tensor]], norm: float, optimizer,
-                 accelerator: Accelerator) -> dict[str, float]:
-    """Of the micro-batches of a step, over all processes; and the gradient's norm."""
-    rows = [torch.stack([v.detach().float() for v in log.values()]) for log in watched]
-    mean = accelerator.reduce(torch.stack(rows).mean(0), "mean").tolist()
-    figures = {**dict(zip(watched[0], mean)), "grad_norm": norm}
-    scaler = accelerator.scaler
-    if scaler is not None:  # of float16: if gradients overflow, the step is skipped
-        figures |= {"skipped": float(optimizer.step_was_skipped), "scale": scaler.get_scale()}
-        if optimizer.step_was_skipped:
-            figures["grad_norm"] = 0.0
-    return figures
-
-
-def assert_healthy(log: dict, ids: list[str], reference: ReferenceFile) -> None:
-    """Abort on NaN or infinity, on lasting overflows, or if the reference is of another policy."""
-    step = f"step {log['step']}"
-    wrong = [f"{name} {value}" for name, value in log.items() if not math.isfinite(value)]
-    if wrong:
-        raise InputError(f"{step}: {', '.join(wrong)}; records {', '.join(ids)}; the last state is "
-                         "kept, a lower --lr or --precision no may help")
-    if log.get("scale", 1.0) <= LOWEST_SCALE:
-        raise InputError(f"{step}: gradients overflow even if they are scaled by {log['scale']}; "
-                         "the last state is kept, --precision bf16 or no may help")
-    rounding = ROUNDING[reference.accelerator.mixed_precision]
-    if log["step"] == 0 and reference.own and log["distance"] > rounding:
-        raise InputError(f"{step}: log-probs are {log['distance']:.1e} of their size away from "
-                         f"{reference.path}, which is of another policy (use --overwrite)")
-
-
-def write_log(log: dict, accelerator: Accelerator, out: Path) -> None:
-    """Append a step to OUT/train.jsonl, and to the trackers."""
-    file = out / "train.jsonl"
-    for holding in holdings(file):
-        holding.check()  # on all processes: none should wait for one that has stopped
-    log = {k: v for k, v in log.items() if k != "distance"}
-    accelerator.log({k: v for k, v in log.items() if k != "step"}, step=log["step"])
-    if accelerator.is_main_process:
-        claim(file)
-        with writing(file), open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(log, allow_nan=False) + "\n")

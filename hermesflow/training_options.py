@@ -1,13 +1,14 @@
-"""Options of training alone: its length, and trackers. Imports nothing heavy."""
+"""Options of training alone: its length, adapters, and trackers. Imports nothing heavy."""
 
 import argparse
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 from hermesflow.files import InputError
 from hermesflow.jsonl import lines_of
-from hermesflow.options import above_zero, check_batch, number
+from hermesflow.options import above_zero, check_batch, integer, number
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio",
             "wandb")  # accelerate's: names of modules and of pip packages
@@ -43,8 +44,21 @@ def tracker(text: str) -> str:
     return text
 
 
+def lora_rank(text: str) -> int:
+    """The rank of adapters, which peft injects."""
+    rank = integer(1, 2**16)(text)
+    if importlib.util.find_spec("peft") is None:
+        raise argparse.ArgumentTypeError("peft is not installed: pip install peft")
+    return rank
+
+
 def check_training(parser, args) -> None:
-    """Refuse a batch that cannot be shared out, and weights that leave nothing to learn."""
+    """Refuse a batch that cannot be shared out, weights that leave nothing to learn, and previews
+    of a sharded policy.
+    """
     check_batch(parser, args.batch, args.micro_batch)
+    if args.preview_every and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        parser.error("--preview-every draws with whole weights, which sharding (FSDP) leaves on no "
+                     "process")
     if not args.und * (args.beta + args.nll_und) + args.gen * (args.beta + args.nll_gen):
         parser.error("--und, --gen, --beta, --nll-und and --nll-gen leave nothing to learn")

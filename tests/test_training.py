@@ -643,9 +643,9 @@ SCRIPT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from hermesflow import training
+from hermesflow import watching
 steps = 0
-real = training.mean_figures
+real = watching.mean_figures
 
 def mean_figures(*arguments):
     global steps
@@ -656,7 +656,7 @@ def mean_figures(*arguments):
     print("timeout", group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
     return real(*arguments)
 
-training.mean_figures = mean_figures
+watching.mean_figures = mean_figures
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -4,8 +4,9 @@ import os
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw
 
+from evals.html import COLORS
 from evals.metrics import (EvalRecord, Summary, metrics_of, paired_difference, summarize, table)
 from evals.official import read_picture
 from hermesflow.files import InputError, read_object, remove, write_text, written_files
@@ -14,6 +15,7 @@ from hermesflow.outputs import FORMAT, lock
 from hermesflow.pictures import image_grid, load_image, save_picture, to_pil
 
 EVALUATED = ("model", "image_tokenizer", "text_tokenizer")  # what a comparison is about
+CELL, TITLE, FRAME = 120, 16, 4  # pixels of the picture: a cell, the name in it, a frame
 
 
 def read_evaluations(folders: list[Path]) -> dict[str, Lines]:
@@ -133,22 +135,49 @@ def compare(folders: list[Path], out: Path, show: int, across: list[str]) -> Non
     for records in islice(zip(*runs.values()), show):
         files = [folder / "images" / f"{records[0].id}.png" for folder in folders]
         if all(f.exists() for f in files):  # not in an evaluation with a smaller --show
-            rows.append(comparison_row(files, records))
+            rows.append(comparison_row(files, list(runs), records))
             labels.append(records[0].text)
     if rows:
-        save_picture(image_grid(rows, labels, 96, columns=3), out / "comparison.png")
+        save_picture(image_grid(rows, labels, CELL, columns=3), out / "comparison.png")
         print(f"\n{out / 'table.md'}; {out / 'comparison.png'}: the real image, then "
-              f"{', '.join(runs)}; green frame: everything right")
+              f"{', '.join(runs)}; solid green frame: everything right")
     else:
         remove(out / "comparison.png")  # of an earlier comparison
 
 
-def comparison_row(files: list[Path], records: tuple[EvalRecord, ...]) -> list[Image.Image]:
-    """The real image and the drawings of one record, each in a green or red frame."""
+def comparison_row(files: list[Path], names: list[str],
+                   records: tuple[EvalRecord, ...]) -> list[Image.Image]:
+    """The real image and the drawings of one record, each under its name."""
     drawn = [read_picture(f) for f in files]
-    row = to_pil(load_image(records[0].image, drawn[0].size[0])[None])
-    for record, picture in zip(records, drawn):
-        frame = "#2a2" if record.all_right else "#d33"
-        large = picture.resize((240, 240), Image.Resampling.NEAREST)
-        row.append(ImageOps.expand(large, 8, frame))
+    real = to_pil(load_image(records[0].image, drawn[0].size[0])[None])[0]
+    row = [titled(real, "real")]
+    for name, record, picture in zip(names, records, drawn):
+        row.append(titled(picture, name, record.all_right))
     return row
+
+
+def titled(picture: Image.Image, name: str, right: bool | None = None) -> Image.Image:
+    """A cell of the comparison. Right: a whole green frame and a check mark; wrong: a dashed red
+    frame and a cross."""
+    side = CELL - TITLE
+    left = TITLE // 2
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    draw = ImageDraw.Draw(cell)
+    draw.text((left, 1), name[-12:], fill="black")
+    if right is None:
+        cell.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, TITLE))
+        return cell
+    color = COLORS["right" if right else "wrong"]
+    x = CELL - left - 12
+    check = [[(x, 7), (x + 3, 11), (x + 10, 2)]]
+    cross = [[(x + 1, 2), (x + 10, 11)], [(x + 1, 11), (x + 10, 2)]]
+    for stroke in check if right else cross:
+        draw.line(stroke, fill=color, width=2)
+    draw.rectangle((left, TITLE, CELL - left - 1, CELL - 1), fill=color)
+    if not right:  # gaps in the frame
+        for at in range(4, side, 13):
+            draw.rectangle((left + at, TITLE, left + at + 5, CELL), fill="white")
+            draw.rectangle((left, TITLE + at, CELL - left, TITLE + at + 5), fill="white")
+    inner = picture.resize((side - 2 * FRAME,) * 2, Image.Resampling.BICUBIC)
+    cell.paste(inner, (left + FRAME, TITLE + FRAME))
+    return cell

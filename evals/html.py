@@ -1,87 +1,34 @@
-"""Parts of an HTML page that needs nothing but itself: charts as SVG, tables, pictures, cards."""
+"""Parts of an HTML page that needs nothing but itself: tables, cards, pictures, marked answers."""
 
 import base64
 import io
-import math
 import os
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from evals.official import read_picture
 from hermesflow.files import InputError
+from hermesflow.records import Question
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:0 auto;padding:16px}
-h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #e5e7eb}
-svg{width:100%;max-width:600px;height:auto}\
-.wide{overflow-x:auto}.small{color:#6b7280;font-size:.87em}
-table{border-collapse:collapse;font-size:.87em}\
-td,th{padding:4px 10px;border-bottom:1px solid #e5e7eb;text-align:left;
-white-space:nowrap}\
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px}
-.card{border:1px solid #e5e7eb;border-radius:8px;padding:10px;min-width:0;overflow-wrap:anywhere}
-.row{display:flex;flex-wrap:wrap;gap:6px}\
-figure{margin:0;flex:1 1 62px;max-width:120px;font-size:.72em}
-figure img{width:100%;aspect-ratio:1;object-fit:cover;\
-box-sizing:border-box;border:3px solid #d1d5db}
-.right img{border-color:#16a34a}.wrong img{border-color:#dc2626}pre{overflow-x:auto;font-size:.8em}
-@media(max-width:480px){.grid{grid-template-columns:1fr}}
-"""
-COLORS = ("#2563eb", "#ea580c", "#6b7280", "#16a34a", "#9333ea", "#0891b2")
+# Right and wrong, win and lose, understanding and generation: a pair of colours each that also
+# colour-blind eyes tell apart; the second of a pair has dashes, too.
+COLORS = {"right": "#007f5f", "wrong": "#d9480f", "win": "#1565c0", "lose": "#e08600",
+          "und": "#8e44ad", "gen": "#1f2937", "grey": "#6b7280", "rule": "#e5e7eb",
+          "frame": "#d1d5db"}
+SMALL = 128  # pixels: smaller pictures are kept exactly
+LARGE = 512  # others are shrunk to this
+SHOWN = 3  # lines of a list
 
 
-def chart(series: dict[str, list[tuple]], ticks: list[str] | None = None) -> str:
-    """Lines as SVG. series: name -> [(x, y) or (x, y, low, high)]; ticks: names of x = 0, 1, …"""
-    points = [p for line in series.values() for p in line]
-    ys = [0.0]
-    for p in points:
-        ys += p[1:]
-    right = max(p[0] for p in points) or 1
-    grid = grid_step(max(max(ys) - min(ys), 1e-6) / 5)
-    bottom = math.floor(min(ys) / grid) * grid
-    top = max(math.ceil(max(ys) / grid) * grid, bottom + grid)  # a flat line has a height, too
-
-    def place(x, y):
-        return 40 + 370 * x / right, 216 - 200 * (y - bottom) / (top - bottom)
-
-    parts = ['<svg viewBox="0 0 440 276" role="img">']
-    for i in range(round((top - bottom) / grid) + 1):
-        value = bottom + i * grid
-        _, y = place(0, value)
-        parts.append(f'<path d="M40 {y:.1f}H410" stroke="#e5e7eb"/>'
-                     f'<text x="34" y="{y + 4:.1f}" font-size="11" '
-                     f'text-anchor="end">{value:.3g}</text>')
-    for x, text in enumerate(ticks) if ticks else [(0, "0"), (right, f"step {right:g}")]:
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="234" font-size="11" '
-                     f'text-anchor="middle">{escape(text)}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        color = COLORS[i % len(COLORS)]
-        parts.append(polyline([place(*p[:2]) for p in line], color))
-        for p in line:
-            if len(p) == 4:
-                low, high = place(p[0], p[2]), place(p[0], p[3])
-                parts.append(dot(place(*p[:2]), low[1], high[1], color))
-        parts.append(f'<text x="{50 + 190 * (i % 2)}" y="{254 + 15 * (i // 2)}" font-size="12" '
-                     f'fill="{color}">● {escape(name)}</text>')
-    return "".join(parts) + "</svg>"
-
-
-def grid_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10 times a power of ten that is not below `least`."""
-    power = 10 ** math.floor(math.log10(least))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= least)
-
-
-def polyline(points: list[tuple], color: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-
-
-def dot(point: tuple, low: float, high: float, color: str) -> str:
-    """A point with its interval."""
-    x, y = point
-    return (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>'
-            f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{color}" stroke-width="1.5"/>')
+def page(title: str, content: str) -> str:
+    """A whole page; title and content are HTML."""
+    colors = "".join(f"--{name}:{color};" for name, color in COLORS.items())
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>:root{{{colors}}}\n{style}</style>{content}</html>\n")
 
 
 def html_table(markdown: str) -> str:
@@ -89,11 +36,35 @@ def html_table(markdown: str) -> str:
     rows = []
     for line in markdown.splitlines():
         if "---" not in line:
-            cells = [escape(cell.strip()) for cell in line.strip("|").split("|")]
-            tag = "td" if rows else "th"
-            rows.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
-    return ('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in rows)
+            rows.append([escape(cell.strip()) for cell in line.strip("|").split("|")])
+    return table_of(rows)
+
+
+def table_of(rows: list[list[str]]) -> str:
+    """Rows of HTML, the first of which is the head. It scrolls inside itself."""
+    head, *body = rows
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+    return ('<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines)
             + "</table></div>")
+
+
+def facts(named: list[tuple[str, str]]) -> str:
+    """Names and values, both of HTML: a table of two columns that does not scroll."""
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in named)
+    return f'<table class="facts">{rows}</table>'
+
+
+def note(text: str) -> str:
+    return f'<p class="small">{escape(text)}</p>'
+
+
+def or_note(part, *arguments) -> str:
+    """part(*arguments), or a short note where its files are missing or damaged."""
+    try:
+        return part(*arguments)
+    except InputError as error:
+        return note(str(error))
 
 
 def object_listing(values: dict) -> str:
@@ -113,19 +84,73 @@ def object_listing(values: dict) -> str:
 
 
 def figure(path: Path, caption: str, kind: str = "") -> str:
-    """A picture inside the page, or a note if there is none; kind: "right", "wrong" or ""."""
+    """A picture inside the page that a click enlarges, or a note if there is none.
+
+    kind: "right", "wrong", "win", "lose", "sheet" (as wide as the page), or "".
+    """
     if not os.path.exists(path):
         return f"<figure><figcaption>{escape(caption)}: no picture</figcaption></figure>"
     try:
         picture = read_picture(path, upright=True)
     except InputError as error:
         return f"<figure><figcaption>{escape(f'{caption}: {error}')}</figcaption></figure>"
-    picture.thumbnail((256, 256))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="">'
+    largest = 2 * LARGE if kind == "sheet" else LARGE
+    name = escape(f"enlarge {caption}")
+    return (f'<figure class="{kind}"><label class="zoom"><input type="checkbox" '
+            f'aria-label="{name}"><img src="{data_of(picture, largest)}" alt=""></label>'
             f"<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def data_of(picture: Image.Image, largest: int) -> str:
+    """A data URI: small pictures exactly, photographs in few bytes."""
+    picture.thumbnail((largest, largest))
+    kind = "png" if max(picture.size) <= SMALL else "jpeg"
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def wrong_answers(title: str, questions: list[Question], answers: list[str],
+                  matched: list[str | None]) -> str:
+    """The questions answered wrong: the answer, the choice it was taken for, and what is right.
+
+    matched: the choices; "" where an answer is none of them, None where that is not known.
+    """
+    lines = []
+    for q, answer, choice in zip(questions, answers, matched):
+        if choice == q.answer:
+            continue
+        said = f"<q>{escape(answer)}</q>" if answer.strip() else "no answer"
+        taken = ""
+        if choice == "" and answer.strip():
+            taken = ", taken for no choice"
+        elif choice and choice != answer:
+            taken = f", taken for <q>{escape(choice)}</q>"
+        lines.append(f'{escape(q.question)} <b class="wrong">✗ {said}</b>{taken}; right: '
+                     f'<b class="right"><q>{escape(q.answer)}</q></b>')
+    return folded_list(title, lines)
+
+
+def folded_list(title: str, lines: list[str]) -> str:
+    """A titled list of HTML; of a long one the first lines, and the others at a click."""
+    if not lines:
+        return ""
+    more = len(lines) - SHOWN
+    hidden = folded(f"{more} more", items(lines[SHOWN:])) if more > 0 else ""
+    return f"<p>{title}</p>{items(lines[:SHOWN])}{hidden}"
+
+
+def items(lines: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
+
+
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def key(kind: str, text: str) -> str:
+    """An entry of a legend: the frame of such pictures, and what it says."""
+    return f'<span class="key"><i class="{kind}"></i>{escape(text)}</span>'
 
 
 def card(content: str) -> str:
@@ -133,7 +158,7 @@ def card(content: str) -> str:
 
 
 def card_grid(cards: list[str]) -> str:
-    return f'<div class="grid">{"".join(cards)}</div>'
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def figure_row(figures: list[str]) -> str:

@@ -3,97 +3,123 @@
 What is missing or damaged in the run is said in its place.
 """
 
-import re
 import subprocess
 from html import escape
-from itertools import islice
 from pathlib import Path
 
-from evals.compare import differences_to, other_settings, read_evaluations, summarize_all, take
-from evals.html import (STYLE, card, card_grid, chart, figure, figure_row, html_table,
-                        object_listing)
-from evals.metrics import metrics_of, table
+from evals.charts import Line, chart
+from evals.compare import (differences_to, other_settings, read_evaluations, read_settings,
+                           summarize_all, take)
+from evals.gallery import drawings, gallery
+from evals.html import (card, card_grid, facts, folded, html_table, note, object_listing, or_note,
+                        page)
+from evals.metrics import Summary, metrics_of, table
 from evals.official import get
-from hermesflow.files import InputError, parse_json, read_object, read_text, write_text
-from hermesflow.jsonl import Lines, read_jsonl
-from hermesflow.records import Pair
+from evals.rounds import acceptance, overview, previews, rounds_of, tally, training
+from hermesflow.files import InputError, read_object, write_text
 
-CHART_METRICS = ("understanding", "generation", "gap", "everything right")
-TRAINING_CHARTS = {
-    "losses": ("loss_und", "loss_gen", "nll_und", "nll_gen"),
-    "accuracy": ("accuracy_und", "accuracy_gen"),
-    "log-prob changes": ("win_change_und", "lose_change_und", "win_change_gen", "lose_change_gen"),
-}
+DRAWN_WITH = ("steps", "guidance", "guidance_interval", "temperature", "anneal", "seed")
+TRAINED_WITH = ("steps", "batch", "lr", "lora", "schedule", "beta", "und", "gen", "nll_und",
+                "nll_gen", "guidance", "cond_dropout", "seed")
 
 
-def or_note(part, *arguments) -> str:
-    """part(*arguments), or a short note where its files are missing or damaged."""
+# ------------------------------------------------------------------------------------ what was done
+
+
+def what_was_done(run: Path, folders: dict[str, Path], rounds: list[str]) -> str:
+    """What the numbers are about: judge, drawing, records, policies, code."""
+    mark = read_settings(folders["base"])
+    settings = mark["settings"]
+    rows = {
+        "judge of drawings": listed(settings, ("judge", "matcher", "caption_scorer")),
+        "drawing": listed(settings, DRAWN_WITH),
+        "held-out records": content_of(mark["inputs"], "records"),
+        "base": content_of(mark["inputs"], "model"),
+    }
+    for name in rounds:
+        rows[name] = or_note(trained_with, run / name / "train" / "settings.json")
+    rows["code"] = f"revision {revision()}"
+    return facts([*rows.items()])
+
+
+def listed(settings: dict, names: tuple[str, ...]) -> str:
+    return escape(", ".join(f"{n.replace('_', '-')} {settings[n]}" for n in names if n in settings))
+
+
+def content_of(inputs: dict, name: str) -> str:
+    """The fingerprint of an input, and how many items it has."""
+    described = inputs.get(name) if isinstance(inputs.get(name), dict) else {}
+    count = f"{described['items']}, " if "items" in described else ""
+    return escape(f"{count}fingerprint {described.get('content', 'unknown')}")
+
+
+def trained_with(file: Path) -> str:
+    settings = get(read_object(file), "settings", dict, str(file))
+    return "trained with " + listed(settings, TRAINED_WITH)
+
+
+def notes_on_settings(folders: dict[str, Path]) -> str:
+    """In which settings, or code, the evaluations differ, if they do."""
+    notes = []
+    code = read_settings(folders["base"])["code"]
+    for name, folder in folders.items():
+        different = list(other_settings(folder, folders["base"]).values())
+        if different:
+            notes.append(note(f"{name} was evaluated with other settings: {'; '.join(different)}"))
+        files = sorted(dict(read_settings(folder)["code"].items() - code.items()))
+        if files:
+            notes.append(note(f"{name} was evaluated by other code: {', '.join(files)}"))
+    return "".join(notes)
+
+
+def settings_of(run: Path) -> str:
+    """The settings.json of every stage, folded."""
+    parts = []
+    for file in sorted(run.glob("**/settings.json")):
+        name = escape(str(file.parent.relative_to(run)))
+        content = or_note(lambda: object_listing(read_object(file)))
+        parts.append(folded(name, content))
+    return "".join(parts)
+
+
+def revision() -> str:
+    """The code's git revision, with "-dirty" if files were changed."""
     try:
-        return part(*arguments)
-    except InputError as error:
-        return f"<p class=small>{escape(str(error))}</p>"
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git
+        return "unknown"
+    return escape(done.stdout.strip()) or "unknown"
 
 
-def drawings(folders: dict[str, Path], runs: dict[str, Lines], show: int) -> str:
-    """Held-out prompts: the real image and every round's drawing, with the judge's verdict."""
-    cards = []
-    for records in islice(zip(*runs.values()), show):
-        first = records[0]
-        figures = [figure(Path(first.image), "real")]
-        for folder, (name, record) in zip(folders.values(), zip(runs, records)):
-            figures.append(figure(folder / "images" / f"{record.id}.png",
-                                  f"{name}: {sum(record.gen_right)}/{len(record.gen_right)}",
-                                  "right" if record.all_right else "wrong"))
-        cards.append(card(escape(first.text) + figure_row(figures)))
-    return card_grid(cards)
+# ----------------------------------------------------------------------------------------- results
 
 
-def gallery(folder: Path) -> str:
-    """The pairs that have pictures: winner and loser with scores, captions and wrong answers."""
-    cards = []
-    pairs = read_jsonl(folder / "pairs.jsonl", Pair)
-    for i, id in enumerate(pairs.ids):
-        if (folder / "images" / f"{id}-real.png").is_file():
-            cards.append(pair_card(pairs[i], folder / "images"))
-    return card_grid(cards)
+def evaluation(summaries: dict[str, Summary]) -> str:
+    """Charts and tables of all evaluations, and paired differences to the base."""
+    metrics = {name: metrics_of(summary) for name, summary in summaries.items()}
+    base, *_, last = [metrics["base"], *metrics.values()]
 
+    def line(metric: str, kind: str) -> Line:
+        values = [m[metric].values() for m in metrics.values()]
+        return Line(metric, kind, [(i, *v) for i, v in enumerate(values)])
 
-def pair_card(p: Pair, images: Path) -> str:
-    figures = figure_row([
-        figure(images / f"{p.id}-real.png", "real"),
-        figure(images / f"{p.id}-win.png", f"win {p.win_image_score:.2f}", "right"),
-        figure(images / f"{p.id}-lose.png", f"lose {p.lose_image_score:.2f}", "wrong"),
-    ])
-    lines = [
-        f"<b>win {p.win_caption_score:.2f}</b>: {escape(p.win_caption)}<br>",
-        f"<b>lose {p.lose_caption_score:.2f}</b>: {escape(p.lose_caption)}<br>",
-        f"<b>win got wrong</b>: {escape(in_one_line(p.win_image_wrong))}<br>",
-        f"<b>lose got wrong</b>: {escape(in_one_line(p.lose_image_wrong))}<br>",
+    both = [line("understanding", "und"), line("generation", "gen")]
+    charts = [
+        card(chart("understanding and generation", both, list(metrics), shade="gap")),
+        card(chart("gap: understanding − generation", [line("gap", "")], list(metrics))),
+        card(chart("drawings with everything right", [line("everything right", "right")],
+                   list(metrics))),
     ]
-    return card(f'{escape(p.caption)}{figures}<div class="small">{"".join(lines)}</div>')
-
-
-def in_one_line(questions: str) -> str:
-    return "; ".join(questions.splitlines()) or "nothing"
-
-
-def training(folder: Path) -> str:
-    """The training curves of one round."""
-    file = folder / "train.jsonl"
-    log = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        where = f"{file}: line {number}"
-        log.append((where, parse_json(line, where)))
-    if not log:
-        raise InputError(f"{file}: empty; no step was finished")
-    cards = []
-    for title, keys in TRAINING_CHARTS.items():
-        series = {}
-        for key in keys:
-            series[key] = [(get(r, "step", int, where), get(r, key, float, where))
-                           for where, r in log]
-        cards.append(card(title + chart(series)))
-    return card_grid(cards)
+    text = (f"{base['records']} held-out records, {base['different texts']} different texts; mean "
+            "over records [95 % bootstrap interval]")
+    parts = [card_grid(charts), note(text), html_table(table(metrics))]
+    differences = differences_to("base", summaries)
+    if differences:
+        parts.append("<h3>Paired difference to the base</h3>" + html_table(table(differences, "+")))
+    parts.append("<h3>By what the questions are about</h3>"
+                 + element_table(base["by element"], last["by element"]))
+    return "".join(parts)
 
 
 def element_table(base: dict, last: dict) -> str:
@@ -110,87 +136,54 @@ def element_table(base: dict, last: dict) -> str:
     return html_table("\n".join(lines))
 
 
-def settings_of(run: Path) -> str:
-    """The settings.json of every stage, folded."""
-    parts = []
-    for file in sorted(run.glob("**/settings.json")):
-        name = escape(str(file.parent.relative_to(run)))
-        content = or_note(lambda: object_listing(read_object(file)))
-        parts.append(f"<details><summary>{name}</summary>{content}</details>")
-    return "".join(parts)
-
-
-def notes_on_settings(folders: dict[str, Path]) -> str:
-    """In which settings the evaluations differ, if they do."""
-    notes = []
-    for name, folder in folders.items():
-        different = other_settings(folder, folders["base"])
-        if different:
-            changes = escape("; ".join(different.values()))
-            notes.append(f"{escape(name)} was evaluated with other settings: {changes}")
-    return f"<p>{'<br>'.join(notes)}</p>" if notes else ""
-
-
-def revision() -> str:
-    """The code's git revision, with "-dirty" if files were changed."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
-    except OSError:  # no git
-        return "unknown"
-    return escape(done.stdout.strip()) or "unknown"
+# -------------------------------------------------------------------------------------------- page
 
 
 def report(run: Path, show: int) -> None:
     """RUN/report.html, one self-contained page about a run of run_selfplay.sh."""
     rounds = rounds_of(run)
     folders = {name: run / "eval" / name for name in ("base", *rounds)}
-    folders = {n: folder for n, folder in folders.items() if (folder / "answers.jsonl").exists()}
-    if "base" not in folders:
+    absent = [name for name, folder in folders.items() if not (folder / "answers.jsonl").exists()]
+    if "base" in absent:
         message = "missing; --report wants a run of run_selfplay.sh"
         raise InputError(f"{run}/eval/base/answers.jsonl: {message}")
     take(run, "report.html")
+    folders = {name: folder for name, folder in folders.items() if name not in absent}
     runs = read_evaluations(list(folders.values()))
     summaries = summarize_all(runs)
-    metrics = {name: metrics_of(summary) for name, summary in summaries.items()}
-    base = metrics["base"]
-    last = list(metrics.values())[-1]
-    lines = {}
-    for metric in CHART_METRICS:
-        lines[metric] = [(i, *m[metric].values()) for i, m in enumerate(metrics.values())]
-    differences = differences_to("base", summaries)
 
+    tallies = {}
+    missing = {}
+    for name in rounds:
+        try:
+            tallies[name] = tally(run / name / "pairs")
+        except InputError as error:
+            missing[name] = note(str(error))
+
+    title = f"HermesFlow: {escape(run.resolve().name)}"
     parts = [
-        f"<h1>HermesFlow: {escape(run.resolve().name)}</h1>",
-        f"<p class=small>{base['records']} held-out records, {base['different texts']} different "
-        f"texts; mean over records, 95 % bootstrap intervals; code {revision()}</p>",
-        "<h2>Understanding, generation and the gap</h2>",
-        chart(lines, list(metrics)),
-        html_table(table(metrics)),
+        f"<h1>{title}</h1>",
+        "<nav>" + "".join(f'<a href="#{name}">{name}</a>' for name in
+                          ("evaluation", "drawings", *rounds, "settings")) + "</nav>",
+        or_note(what_was_done, run, folders, rounds),
         or_note(notes_on_settings, folders),
-    ]
-    if differences:
-        parts.append("<p>Paired difference to the base:</p>" + html_table(table(differences, "+")))
-    parts += [
-        "<h2>By what the questions are about</h2>",
-        element_table(base["by element"], last["by element"]),
-        "<h2>Held-out prompts</h2><p class=small>Green: everything right. Numbers: questions that "
-        "the judge answers right about the drawing.</p>",
+        *(note(f"{name}: not evaluated (no eval/{name}/answers.jsonl)") for name in absent),
+        '<h2 id="evaluation">Understanding, generation and the gap</h2>',
+        evaluation(summaries),
+        "<h3>Candidates and pairs</h3>" + overview(tallies) if tallies else "",
+        '<h2 id="drawings">Held-out prompts</h2>',
         drawings(folders, runs, show),
     ]
-    for name in rounds:
-        parts += [f"<h2>{name}: preference pairs</h2>", or_note(gallery, run / name / "pairs"),
-                  f"<h2>{name}: training</h2>", or_note(training, run / name / "train")]
-    parts += ["<h2>Settings</h2>", settings_of(run)]
-    head = ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>HermesFlow: {escape(run.resolve().name)}</title><style>{STYLE}</style>")
-    write_text(run / "report.html", head + "".join(parts) + "</html>\n")
+    for i, name in enumerate(rounds):
+        folder = run / name
+        parts += [
+            f'<h2 id="{name}">{name}: preference pairs</h2>',
+            acceptance(tallies[name]) if name in tallies else missing[name],
+            or_note(gallery, run, rounds[: i + 1]),
+            f"<h2>{name}: training</h2>",
+            or_note(training, folder / "train"),
+            previews(folder / "train"),
+        ]
+    parts += ['<h2 id="settings">Settings</h2>', settings_of(run)]
+    write_text(run / "report.html", page(title, "".join(parts)))
     print(run / "report.html")
-
-
-def rounds_of(run: Path) -> list[str]:
-    """The rounds that have trained, in order; other folders, such as copies, are left out."""
-    trained = [log.parents[1].name for log in run.glob("round*/train/train.jsonl")]
-    rounds = [name for name in trained if re.fullmatch(r"round[1-9]\d*", name, re.ASCII)]
-    return sorted(rounds, key=lambda name: int(name.removeprefix("round")))

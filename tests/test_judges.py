@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil,
                           BlipProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig,
@@ -16,6 +16,8 @@ from transformers import (BlipConfig, BlipForQuestionAnswering, BlipImageProcess
 
 from conftest import main, stage
 from evals import judge_models, metrics
+from evals.compare import CELL, TITLE, titled
+from evals.html import COLORS
 from evals.judges import ModelJudge, SelfJudge, ToyJudge, load_judge
 from evals.metrics import EvalRecord
 from hermesflow.files import InputError
@@ -500,7 +502,26 @@ def test_compare(finished, capsys):
     assert text.startswith("2 records, ") and "Paired difference to base" in text
     assert text.strip() in capsys.readouterr().out
     # real image, drawing, frames of right and wrong drawings
-    assert {(0, 0, 255), (255, 0, 0), (0x22, 0xAA, 0x22), (0xDD, 0x33, 0x33)} <= colors
+    frames = {ImageColor.getrgb(COLORS[name]) for name in ("right", "wrong")}
+    assert {(0, 0, 255), (255, 0, 0)} | frames <= colors
+
+
+def test_frames_differ_without_colour():
+    """A right drawing has a whole frame and a check mark, a wrong one dashes and a cross."""
+    picture = Image.new("RGB", (64, 64), "red")
+    right, wrong = (titled(picture, "base", all_right) for all_right in (T, F))
+    assert right.size == wrong.size == (CELL, CELL)
+
+    def whites(cell, box) -> float:
+        part = np.array(cell.crop(box))
+        return float((part == 255).all(-1).mean())
+
+    frame = (TITLE // 2, CELL - 1, CELL - TITLE // 2, CELL)
+    assert whites(right, frame) == 0 and 0.4 < whites(wrong, frame) < 0.6
+    corner = (CELL - 22, 0, CELL, TITLE)
+    assert right.crop(corner).convert("L").tobytes() != wrong.crop(corner).convert("L").tobytes()
+    real = titled(picture, "real")
+    assert whites(real, frame) == 0 and whites(real, corner) == 1
 
 
 def test_compare_refuses_other_records(finished):

@@ -1,6 +1,6 @@
 """Stage 1, sampling: the policy writes n captions of every image, draws K images of every caption.
 
-reads   records (our JSONL, or the original initial_data.json with vqa_data.json) and a checkpoint
+reads   records in any format of hermesflow/datasets.py, questions about them, and a checkpoint
 writes  OUT/samples.jsonl         the records with the captions as text; their tensors are in
         OUT/samples-00000.safetensors, …   image (N,), images (K, N), captions (n, L; -1 pads) of
                                   many records each: exactly the tokens that were sampled
@@ -15,11 +15,13 @@ writes  OUT/samples.jsonl         the records with the captions as text; their t
 import argparse
 from pathlib import Path
 
+from hermesflow.datasets import source_of
 from hermesflow.hub import require
 from hermesflow.inputs import read_records, record_items
-from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
-                                folder, integer, model_inputs, number, sampling_from, stage_parser,
-                                unless_dry_run)
+from hermesflow.jsonl import lines_of
+from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_record_options,
+                                add_sampling_options, folder, integer, model_inputs, number,
+                                part_of, sampling_from, stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
 
 # The released captioning: greedy, then top-k 2, 3, 4 at temperature 0.1, 0.7, 2.0 each.
@@ -37,9 +39,9 @@ def decoding_setting(text: str) -> tuple[int, float]:
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
-    add = parser.add_argument_group("input and output").add_argument
-    add("--records", type=Path, help="records.jsonl, or the original initial_data.json")
-    add("--questions", type=Path, help="the original vqa_data.json, joined to the records by id")
+    group = parser.add_argument_group("input and output")
+    add_record_options(group)
+    add = group.add_argument
     add("--out", type=folder, default=Path("runs/try"), help="output folder")
     add("--overwrite", action="store_true", help="empty OUT first")
     add("--strict", action="store_true", help="stop at a bad record instead of skipping it")
@@ -69,12 +71,15 @@ def parse_args(argv=None):
 
 
 def output_of(args) -> Output:
-    """What decides the samples."""
-    inputs = {"records": lambda: record_items(args.records, args.questions), **model_inputs(args)}
+    """What decides the samples; questions are only passed on."""
+    source_of(args.records)  # a mistake is said at once
+    inputs = {"records": lambda: record_items(args.records, **part_of(args)), **model_inputs(args)}
+    questions = args.questions and (lambda: lines_of(args.questions))
     return Output(args.out, "01_sample", "samples.jsonl",
                   writes=("samples.jsonl", "images", "sheet.png", "skipped.txt"), args=vars(args),
-                  inputs=inputs, derived=("show",), code=(__file__,),
-                  free=("questions", "prompt", "image", "device", "batch", "strict"))
+                  inputs=inputs, made_from={"questions": questions}, derived=("show",),
+                  free=("image_folder", "skip", "limit", "prompt", "image", "device", "batch",
+                        "strict"), code=(__file__,))
 
 
 # before the heavy imports, so that --help, a mistake and a complete output are answered at once
@@ -241,7 +246,7 @@ def main(args):
         return
 
     skipped = None if args.strict else []
-    records = read_records(args.records, args.questions, skipped)
+    records = read_records(args.records, args.questions, skipped, **part_of(args))
     output = output_of(args)
     if not prepare_output(output):
         return

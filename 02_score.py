@@ -10,9 +10,8 @@ writes  OUT/scores.jsonl   every score, every answer, and why a record gives no 
     python 02_score.py --samples runs/try/samples --out runs/try/pairs
 
 The defaults need no download. The paper's are --caption-scorer google-bert/bert-large-uncased
---matcher sentence-transformers/all-mpnet-base-v2, and for records without questions
---question-model tifa-benchmark/llama2_tifa_question_generation --qa-model
-allenai/unifiedqa-v2-t5-large-1363200.
+--matcher sentence-transformers/all-mpnet-base-v2. Questions come with the samples: for records
+without, hermesflow/questions.py writes them once, before stage 1.
 """
 
 from pathlib import Path
@@ -41,8 +40,6 @@ def parse_args(argv=None):
              "the image, which is lower: with --min-image-score 0.3")
     add("--reencode", action="store_true", help="judge images after decoding and encoding again")
     add("--max-new-tokens", type=COUNT, default=20, help="per answer")
-    add("--question-model", help="writes questions for records that have none")
-    add("--qa-model", help="filters the written questions")
     add = parser.add_argument_group("pairs").add_argument
     add("--previous", type=Path, help="pairs.jsonl of the last round, for Eq. 9–10; joined by id")
     add("--min-image-score", type=number(-1, 1), default=0.6,
@@ -50,18 +47,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=COUNT, default=1, help="records at a time; does not change results")
     add_dry_run(parser)
-    args = parser.parse_args(argv)
-    if bool(args.question_model) != bool(args.qa_model):
-        parser.error("--question-model and --qa-model go together")
-    return unless_dry_run(args)
+    return unless_dry_run(parser.parse_args(argv))
 
 
 def output_of(args) -> Output:
     """What decides the scores; pairs are made from them again in seconds."""
     inputs = {"samples": lambda: lines_of(args.samples / "samples.jsonl"),
               "caption_scorer": None if args.caption_scorer == "token-f1" else args.caption_scorer,
-              "matcher": None if args.matcher == "text" else args.matcher,
-              "question_model": args.question_model, "qa_model": args.qa_model}
+              "matcher": None if args.matcher == "text" else args.matcher}
     return Output(args.out, "02_score", "pairs.jsonl",
                   writes=("scores.jsonl", "pairs.jsonl", "pairs.png", "images"), args=vars(args),
                   inputs=inputs | model_inputs(args), made_from={"previous": args.previous},
@@ -87,8 +80,8 @@ from hermesflow.jsonl import Lines, read_jsonl, require_among, write_jsonl
 from hermesflow.pictures import save_pair_gallery
 from hermesflow.records import Pair, Question, Sample, Score, about, parse_record
 from hermesflow.runs import Earlier, map_records, prepare_output, say
-from hermesflow.scoring import (QuestionWriter, answer_matcher, answer_questions,
-                                caption_likelihood, caption_scorer, meanings, reencode)
+from hermesflow.scoring import (answer_matcher, answer_questions, caption_likelihood,
+                                caption_scorer, meanings, reencode)
 from hermesflow.tables import (check_pairs, check_samples, sample_tensors, tensors_of,
                                write_table)
 from model import Model, load_from
@@ -97,12 +90,9 @@ from model import Model, load_from
 
 
 @torch.inference_mode()
-def score_records(model: Model, samples: list[Sample], score_captions, match, write_questions,
-                  by_likelihood: bool, reencoded: bool, max_new_tokens: int) -> list[Score]:
-    """The scores of some records; write_questions: caption -> questions, where there are none."""
-    questions = [s.questions for s in samples]
-    if write_questions:
-        questions = [s.questions or write_questions(s.caption) for s in samples]
+def score_records(model: Model, samples: list[Sample], score_captions, match, by_likelihood: bool,
+                  reencoded: bool, max_new_tokens: int) -> list[Score]:
+    """The scores of some records; those without questions have none of images, but likelihoods."""
     images = [sample_tensors(s)["images"] for s in samples]  # (K, N) each
     counts = list(map(len, images))
     images = torch.cat(images).to(model.device)  # (S·K, N)
@@ -112,11 +102,12 @@ def score_records(model: Model, samples: list[Sample], score_captions, match, wr
         captions = [s.caption for s, K in zip(samples, counts) for _ in range(K)]
         likelihoods = iter(caption_likelihood(model, images, captions))
     else:
-        asked = [about_it for about_it, K in zip(questions, counts) for _ in range(K)]
+        asked = [s.questions for s, K in zip(samples, counts) for _ in range(K)]
         answers = iter(answer_questions(model, images, asked, max_new_tokens))
 
     scores = []
-    for s, asked, K in zip(samples, questions, counts):
+    for s, K in zip(samples, counts):
+        asked = s.questions
         score = Score(s.id, asked, [], [], [], [])
         with about(f"id {s.id!r}"):
             score.caption_scores = score_captions(s.captions, s.caption)
@@ -243,6 +234,11 @@ def main(args):
     previous = read_jsonl(args.previous, Pair) if args.previous else None
     if previous:
         require_among(previous, samples)
+    by_likelihood = args.image_scorer == "likelihood"
+    if not by_likelihood and not any(s.questions for s in samples):
+        raise InputError(f"{args.samples}: no record has questions: `python -m "
+                         "hermesflow.questions` writes them, 01_sample.py --questions adds them "
+                         "to these samples, and --image-scorer likelihood needs none")
     output = output_of(args)
     if not prepare_output(output):
         return
@@ -251,15 +247,13 @@ def main(args):
     check_samples(model, samples)
     if previous:
         check_pairs(model, previous)
-    write_questions = args.question_model and QuestionWriter(args.question_model, args.qa_model,
-                                                             model.device)
     score_captions = caption_scorer(args.caption_scorer, model.device)
     match = answer_matcher(args.matcher, model.device)
 
     def score(chunk: list[Sample]) -> list[dict]:
         return list(map(asdict, score_records(
-            model, chunk, score_captions, match, write_questions,
-            args.image_scorer == "likelihood", args.reencode, args.max_new_tokens)))
+            model, chunk, score_captions, match, by_likelihood, args.reencode,
+            args.max_new_tokens)))
 
     file = args.out / "scores.jsonl"
     results = map_records(score, samples, args.out, args.batch, "score",

@@ -31,21 +31,21 @@ from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, VQA, de
 from evals.metrics import EvalRecord, evaluate, finished_table
 from evals.official import files_below
 from hermesflow.contents import ROOT
+from hermesflow.datasets import source_of
 from hermesflow.files import InputError
-from hermesflow.inputs import read_records, record_items
-from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_sampling_options,
-                                folder, integer, model_inputs, sampling_from, stage_parser,
-                                unless_dry_run)
+from hermesflow.inputs import read_records, record_items, those_with_questions
+from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_record_options,
+                                add_sampling_options, folder, integer, model_inputs, part_of,
+                                sampling_from, stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, complete, finish, run_main
 from hermesflow.records import CAPTION_QUESTION, Record, about, parse_record
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
-    add = parser.add_argument_group("what to evaluate").add_argument
-    add("--records", type=Path, help="held-out records with questions")
-    add("--questions", type=Path, help="the original vqa_data.json, joined to the records by id")
-    add("--n", type=COUNT, help="only the first N records; more of them continue from fewer")
+    group = parser.add_argument_group("what to evaluate: held-out records with questions")
+    add_record_options(group)
+    add = group.add_argument
     add("--out", type=folder, help="folder for the results")
     add("--overwrite", action="store_true", help="empty OUT first")
     add_model_options(parser)
@@ -90,15 +90,6 @@ def parse_args(argv=None):
     return unless_dry_run(args)
 
 
-def read_held_out(args) -> list[Record]:
-    """The first --n records. Raises InputError if one has no questions."""
-    records = read_records(args.records, args.questions)[: args.n]
-    for r in records:
-        if not r.questions:
-            raise InputError(f"{args.records}: id {r.id!r}: field 'questions' is empty")
-    return records
-
-
 def output_of(args, writes=("answers.jsonl", "images")) -> Output:
     """What decides the results."""
     options = {**vars(args), "images": scored_images(args.benchmark, args.out)}
@@ -108,7 +99,8 @@ def output_of(args, writes=("answers.jsonl", "images")) -> Output:
         inputs["data"] = lambda: files_below(args.data)
         code.append(str(ROOT / "evals" / f"{args.benchmark}.py"))
     else:
-        inputs["records"] = lambda: record_items(args.records, args.questions, args.n)
+        source_of(args.records)  # a mistake is said at once
+        inputs["records"] = lambda: record_items(args.records, args.questions, **part_of(args))
     derived = ("images",) if args.benchmark else ("show",)
     free = options.keys() - deciding(args.benchmark) - set(derived)
     return Output(args.out, "04_eval", "metrics.json", (*writes, "metrics.json"), options,
@@ -228,6 +220,21 @@ def save_evaluation(model: Model, records: Sequence[Record], results: Results, o
 
 
 # -------------------------------------------------------------------------------------------- main
+
+
+def read_held_out(args) -> Sequence[Record]:
+    """The records that have questions. Raises InputError if none has."""
+    bad = []
+    records = read_records(args.records, args.questions, bad, **part_of(args))
+    asked = those_with_questions(records)
+    if not asked:
+        raise InputError(f"{args.records}: no record has questions; `python -m "
+                         "hermesflow.questions` writes them, for --questions")
+    if len(asked) < len(records):
+        say(f"left out: {len(records) - len(asked)} records without questions")
+    if bad:
+        say(f"left out: {len(bad)} bad records or questions; the first: {bad[0]}")
+    return asked
 
 
 def main(args):

@@ -29,7 +29,10 @@ LAUNCH_DPO=${LAUNCH_DPO:-${LAUNCH-}}
 for NAME in OUT ROUNDS SEED LAUNCH BASE TRAIN HELD_OUT JUDGE PAIRS; do
   [[ ${!NAME-} == *[![:space:]]* ]] || fail "$NAME is empty, or $CONFIG does not set it"
 done
-for NAME in SAMPLE SCORE DPO EVAL; do
+for NAME in ASK TRAIN_PART HELD_OUT_PART; do  # which a file of settings need not have
+  declare -p "$NAME" &> /dev/null || declare -a "$NAME=()"
+done
+for NAME in SAMPLE SCORE DPO EVAL ASK TRAIN_PART HELD_OUT_PART; do
   [[ $(declare -p "$NAME" 2> /dev/null) == "declare -a"* ]] ||
     fail "$NAME is not set as an array by $CONFIG"
 done
@@ -43,21 +46,28 @@ done
 [[ $SEED =~ ^[0-9]+$ ]] || fail "SEED=$SEED is not a whole number from 0 on"
 [[ $PAIRS == self-play || $PAIRS == fresh ]] || fail "PAIRS=$PAIRS is neither self-play nor fresh"
 # records are given, or the toy world's, which are made below
-[[ $TRAIN == "$OUT/preference/records.jsonl" || -f $TRAIN ]] || fail "TRAIN=$TRAIN: no such file"
-[[ $HELD_OUT == "$OUT/held_out/records.jsonl" || -f $HELD_OUT ]] ||
+[[ $TRAIN == "$OUT/preference/records.jsonl" || -e $TRAIN ]] || fail "TRAIN=$TRAIN: no such file"
+[[ $HELD_OUT == "$OUT/held_out/records.jsonl" || -e $HELD_OUT ]] ||
   fail "HELD_OUT=$HELD_OUT: no such file"
 
 # ------------------------------------------------------------------------------------------- stages
 
 PREVIOUS=()  # where the last round's pairs are, for self-play
+TRAIN_RECORDS=(--records "$TRAIN" ${TRAIN_PART[@]+"${TRAIN_PART[@]}"})
+HELD_OUT_RECORDS=(--records "$HELD_OUT" ${HELD_OUT_PART[@]+"${HELD_OUT_PART[@]}"})
+
+ask() {  # ask NAME OPTION…: write questions about the records that have none
+  $LAUNCH -m hermesflow.questions --out "$OUT/questions/$1" --question-model "$QUESTION_MODEL" \
+    ${QA_MODEL:+--qa-model "$QA_MODEL"} ${ASK[@]+"${ASK[@]}"} "${@:2}"
+}
 
 evaluate() {  # evaluate POLICY NAME OPTION…
-  $LAUNCH 04_eval.py --model "$1" --records "$HELD_OUT" --judge "$JUDGE" --seed "$SEED" \
+  $LAUNCH 04_eval.py --model "$1" "${HELD_OUT_RECORDS[@]}" --judge "$JUDGE" --seed "$SEED" \
     --out "$OUT/eval/$2" "${EVAL[@]}" "${@:3}"
 }
 
 sample() {  # sample POLICY ROUND OPTION…
-  $LAUNCH 01_sample.py --model "$1" --records "$TRAIN" --round "$2" --seed "$SEED" \
+  $LAUNCH 01_sample.py --model "$1" "${TRAIN_RECORDS[@]}" --round "$2" --seed "$SEED" \
     --out "$OUT/round$2/samples" "${SAMPLE[@]}" "${@:3}"
 }
 
@@ -81,8 +91,12 @@ check() {  # check VARIABLE STAGE POLICY NAME
   fi
 }
 
-check EVAL evaluate "$BASE" base
-check SAMPLE sample "$BASE" "$ROUNDS"
+if [ -n "${QUESTION_MODEL-}" ]; then
+  check "ASK or TRAIN_PART" ask train "${TRAIN_RECORDS[@]}"
+  check HELD_OUT_PART ask held_out "${HELD_OUT_RECORDS[@]}"
+fi
+check "EVAL or HELD_OUT_PART" evaluate "$BASE" base
+check "SAMPLE or TRAIN_PART" sample "$BASE" "$ROUNDS"
 check SCORE score "$BASE" "$ROUNDS"
 check DPO train "$BASE" "$ROUNDS"
 
@@ -94,6 +108,13 @@ if [ "$TRAIN" = "$OUT/preference/records.jsonl" ] && [ ! -f "$TRAIN" ]; then
 fi
 if [ "$HELD_OUT" = "$OUT/held_out/records.jsonl" ] && [ ! -f "$HELD_OUT" ]; then
   python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/held_out"
+fi
+
+if [ -n "${QUESTION_MODEL-}" ]; then
+  ask train "${TRAIN_RECORDS[@]}"
+  ask held_out "${HELD_OUT_RECORDS[@]}"
+  TRAIN_RECORDS+=(--questions "$OUT/questions/train/questions.jsonl")
+  HELD_OUT_RECORDS+=(--questions "$OUT/questions/held_out/questions.jsonl")
 fi
 
 evaluate "$BASE" base

@@ -10,6 +10,9 @@ LAUNCH_DPO=${LAUNCH_DPO-$LAUNCH}   # of 03_pair_dpo.py
 BASE=${BASE-toy/base}           # the policy of round 0
 TRAIN=${TRAIN-$OUT/preference/records.jsonl}    # made by toy/world.py if they are not there
 HELD_OUT=${HELD_OUT-$OUT/held_out/records.jsonl}
+TRAIN_PART=(${TRAIN_PART:-})    # which records of TRAIN, where images are: --limit, --skip, …
+HELD_OUT_PART=(${HELD_OUT_PART:-})
+ASK=(${ASK:-})                  # of hermesflow/questions.py, if QUESTION_MODEL is set
 JUDGE=${JUDGE-toy}              # the toy world's exact oracle answers about drawings
 PAIRS=${PAIRS-fresh}            # fresh: a round's own best and worst; self-play: Eq. 9-10
 

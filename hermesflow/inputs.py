@@ -1,34 +1,38 @@
-"""Homologous inputs from the files that people have: our JSONL, the original's JSON."""
+"""Homologous inputs from the files that people have, some of them or all, with their questions."""
 
+import copy
 import json
-import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hermesflow.contents import Item
-from hermesflow.files import InputError, parse_json, read_text
-from hermesflow.jsonl import Lines, ids_of, lines_of, read_jsonl, resolve_image
+from hermesflow.datasets import Source, array_rows, source_of
+from hermesflow.files import InputError, parse_json, read_text, reading
+from hermesflow.jsonl import Lines, ids_of, lines_of, resolve_image
 from hermesflow.records import Question, Record, check_question, parse_record, skipping, validated
 
 
-def read_records(path, questions=None, skipped: list[str] | None = None) -> Sequence[Record]:
-    """Homologous inputs from our JSONL, or from the original's initial_data.json and vqa_data.json.
+def read_records(path, questions=None, skipped: list[str] | None = None, image_folder=None,
+                 skip: int = 0, limit: int | None = None) -> Sequence[Record]:
+    """Homologous inputs from a file or folder in any format of `datasets.py`.
 
-    The original's ids are numbers or strings; questions are joined **by id**. skipped: as in
-    `validated`.
+    questions: a file of them, joined **by id**. skipped: as in `validated`. image_folder: where
+    relative names of images are looked up, instead of the file's folder. skip, limit: leave out
+    the first records of the file, bad ones too, and read so many.
     """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        records = read_jsonl(path, Record, skipped)
+    source = source_of(path)
+    build = builder(source, image_folder)
+    if source.rows is None:
+        with reading(source.file):
+            records = RecordLines(source.file, build, skip, limit, skipped)
     else:
-        found = validated(original_record, read_array(path), path, skipped)
-        records = [record for record, _ in found]
-        for r in records:
-            r.image = resolve_image(r.image, path.parent)
+        rows = selected(source.rows, path, skip, limit)
+        records = [record for record, _ in validated(build, rows, path, skipped)]
     if questions is None:
         return records
-    asked = read_questions(questions, set(ids_of(records)), path, skipped)
+    among_all = not skip and limit is None
+    asked = read_questions(questions, set(ids_of(records)), path if among_all else None, skipped)
 
     def with_questions(record: Record) -> Record:
         record.questions += asked.get(record.id, [])
@@ -40,84 +44,136 @@ def read_records(path, questions=None, skipped: list[str] | None = None) -> Sequ
     return [with_questions(r) for r in records]
 
 
-def record_items(path: Path, questions: Path | None, n: int | None = None) -> Iterator[Item]:
-    """What the first n records say, and their images, for `Output.inputs`.
+def builder(source: Source, image_folder) -> Callable:
+    """A function of a value of the file, and where it stands: its record."""
+    folder = images_of(source, image_folder)
 
-    Our JSONL is not checked, so that a complete stage answers at once with thousands.
+    def build(value, where: str) -> Record:
+        fields = source.fields(value) if isinstance(value, dict) else value
+        record = parse_record(Record, fields, where)
+        record.image = resolve_image(record.image, folder)
+        return record
+
+    return build
+
+
+def images_of(source: Source, image_folder) -> Path:
+    if image_folder and not Path(image_folder).is_dir():
+        raise InputError(f"--image-folder {image_folder}: no such folder")
+    return Path(image_folder or source.file.parent)
+
+
+class RecordLines(Lines):
+    """Records of a file that holds one a line, read when they are asked for."""
+
+    def __init__(self, path, make: Callable, skip: int, limit: int | None, skipped):
+        self.make = make
+        self.part = (skip, limit)
+        super().__init__(path, Record, skipped)
+
+    def scan(self) -> Iterator[tuple]:
+        return selected(super().scan(), self.path, *self.part)
+
+    def build(self, line: str, where: str) -> Record:
+        return self.make(parse_json(line, where), where)
+
+
+def selected(values: Iterable, path, skip: int, limit: int | None) -> Iterator:
+    """Those after the first `skip`, at most `limit`. Raises InputError if there are no such."""
+    number = 0
+    for number, value in enumerate(values, 1):
+        if number > skip:
+            yield value
+        if limit is not None and number >= skip + limit:
+            return
+    if number <= skip and skip:
+        raise InputError(f"{path}: --skip {skip} leaves none of its {number} records")
+
+
+def those_with_questions(records: Sequence[Record], wanted: bool = True) -> Sequence[Record]:
+    """The records that have questions, or those that have none; still read one at a time."""
+    kept = [i for i, r in enumerate(records) if bool(r.questions) == wanted]
+    if not isinstance(records, Lines):
+        return [records[i] for i in kept]
+    part = copy.copy(records)
+    part.ids = [records.ids[i] for i in kept]
+    part.places = array("q", [records.places[i] for i in kept])
+    return part
+
+
+# ------------------------------------------------------------------------- what decides the results
+
+
+def record_items(path, questions=None, image_folder=None, skip: int = 0,
+                 limit: int | None = None) -> Iterator[Item]:
+    """What records say, their images and their questions, for `Output.inputs`.
+
+    They are not checked, so that a complete stage answers at once with thousands.
     """
-    if path.suffix != ".jsonl" or questions:
-        for r in read_records(path, questions, [])[:n]:
-            yield f"{r.id} {r.caption} {r.prompt} {r.questions}", Path(r.image)
-        return
-    lines = (line for (line,) in lines_of(path) if line.strip())
-    for line in islice(lines, n):
+    source = source_of(path)
+    folder = images_of(source, image_folder)
+    asked = question_items(questions) if questions else None
+    if source.rows is None:
+        lines = (line.lstrip("\ufeff") for (line,) in lines_of(source.file))
+        values = (line for line in lines if line.strip())
+    else:
+        values = (value for _, value, _ in source.rows)
+    for value in selected(values, path, skip, limit):
         try:
-            record = json.loads(line.lstrip("\ufeff"))
+            record = json.loads(value) if source.rows is None else value
+            record = source.fields(record)
             said = [record.get(name) for name in ("id", "caption", "prompt", "questions")]
-            yield repr(said), Path(resolve_image(record["image"], path.parent))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # said when records are read
-            yield (line,)
+            item = repr(said), Path(resolve_image(record["image"], folder))
+            # as it is joined: what is asked about others changes nothing
+            yield item if asked is None else (*item, *asked.get(str(said[0]), []))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            yield (str(value),)  # said when records are read
+
+
+def question_items(path) -> dict[str, list[str]]:
+    """id of a record -> what is asked about it."""
+    items = {}
+    for where, value in question_values(path):
+        try:
+            value = parse_json(value, where) if isinstance(value, str) else value
+            said = [value.get(name) for name in ("question", "choices", "answer", "element")]
+            items.setdefault(str(value.get("id")), []).append(repr(said))
+        except (InputError, AttributeError):  # said when questions are read
+            continue
+    return items
+
+
+# ---------------------------------------------------------------------------------------- questions
 
 
 def read_questions(path, ids: set[str], records_path,
                    skipped: list[str] | None) -> dict[str, list[Question]]:
-    """The questions of a `vqa_data.json` by the id of their record."""
+    """The questions of a file by the id of their record.
+
+    records_path: the file that must have all of these records; None: others are left out.
+    """
     questions = {}
-    for where, value, _ in read_array(path):
+    for where, value in question_values(path):
         with skipping(skipped):
+            value = parse_json(value, where) if isinstance(value, str) else value
             question = parse_record(Question, value, where)
             check_question(question, where)
             owner = str(value.get("id"))
-            if owner not in ids:
+            if owner in ids:
+                questions.setdefault(owner, []).append(question)
+            elif records_path:
                 message = f"field 'id': {value.get('id')!r} is not in {records_path}"
                 raise InputError(f"{where}: {message}")
-            questions.setdefault(owner, []).append(question)
     return questions
 
 
-def read_array(path) -> list[tuple]:
-    """(where, value, position) of every element of a JSON array.
+def question_values(path) -> list[tuple]:
+    """(where, value) of every question; of JSON lines, the value is the text.
 
-    The original's programs write objects with a comma behind each, and no brackets.
+    As `hermesflow.questions` writes them, or the original's vqa_data.json.
     """
     text = read_text(path)
-    try:
-        value = parse_json(text, str(path))
-    except InputError:
-        value = objects_of(text)
-        if not value:
-            raise
-    if not isinstance(value, list):
-        raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
-    return [(f"{path}: record {n}", v, n) for n, v in enumerate(value, 1)]
-
-
-def objects_of(text: str) -> list | None:
-    """JSON objects between commas, all in brackets or none; None if there is anything else."""
-    text = text.strip()
-    if text[:1] == "[" and text[-1:] == "]":
-        text = text[1:-1]
-    between = re.compile(r"[\s,]*")
-    decoder = json.JSONDecoder()
-    values = []
-    place = between.match(text).end()
-    while place < len(text):
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            return None
-        values.append(value)
-        place = between.match(text, place).end()
-    return values
-
-
-def original_record(value, where: str) -> Record:
-    """A record of the original: its image is named img_path, its id may be a number.
-
-    It draws the caption; its `prompt` is what the image was once made from, by another model.
-    """
-    if isinstance(value, dict):
-        value = {**value, "image": value.get("image", value.get("img_path")), "prompt": ""}
-        if type(value.get("id")) is int:
-            value["id"] = str(value["id"])
-    return parse_record(Record, value, where)
+    if Path(path).suffix != ".jsonl" or text.lstrip()[:1] == "[":
+        return [(where, value) for where, value, _ in array_rows(path)]
+    lines = enumerate(text.split("\n"), 1)
+    return [(f"{path}: line {n}", line.strip().rstrip(",")) for n, line in lines if line.strip()]

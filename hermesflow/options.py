@@ -148,6 +148,25 @@ def unless_dry_run(args):
     return args
 
 
+def add_record_options(group, questions: bool = True) -> None:
+    add = group.add_argument
+    add("--records", type=Path,
+        help="our JSONL, the original's initial_data.json, annotations of JourneyDB or COCO, or a "
+             "folder with metadata.csv or metadata.jsonl")
+    if questions:
+        add("--questions", type=Path,
+            help="questions.jsonl of hermesflow.questions, or the original's vqa_data.json: "
+                 "joined to the records by id")
+    add("--image-folder", help="where relative names of images are looked up [beside the records]")
+    add("--skip", type=integer(0), default=0, help="leave out the first N records of the file")
+    add("--limit", type=COUNT, help="only the next N records; more of them continue from fewer")
+
+
+def part_of(args) -> dict:
+    """Which records of the file are meant, for `read_records` and `record_items`."""
+    return {"image_folder": args.image_folder, "skip": args.skip, "limit": args.limit}
+
+
 def add_checkpoint_options(group) -> None:
     add = group.add_argument
     add("--model", default="toy/base", help="folder or hub id, such as showlab/show-o-512x512")

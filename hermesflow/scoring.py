@@ -1,8 +1,8 @@
-"""Scores: how near a caption is to the truth, which choice an answer means, and TIFA's questions.
+"""Scores: how near a caption is to the truth, and which choice an answer means.
 
 A caption scorer is a function (captions, ground truth) -> scores, an answer matcher a function
-(answer, choices) -> the choice it means, or NOTHING. Put your own beside those of `caption_scorer` and
-`answer_matcher`.
+(answer, choices) -> the choice it means, or NOTHING. Put your own beside those of
+`caption_scorer` and `answer_matcher`.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
@@ -132,106 +132,6 @@ def is_correct(answers: list[str], questions: list[Question], match) -> list[boo
     """Per question: is the choice that the answer means the right one?"""
     meant = meanings(answers, questions, match)
     return [choice == q.answer for choice, q in zip(meant, questions)]
-
-
-# ---------------------------------------------------------------------------- questions, as in TIFA
-
-TIFA_PROMPT = """<s>[INST] <<SYS>>
-Given an image description, generate one or two multiple-choice questions that verifies if the \
-image description is correct.
-Classify each concept into a type (object, human, animal, food, activity, attribute, counting, \
-color, material, spatial, location, shape, other), and then generate a question for each type.
-
-<</SYS>>
-
-Description: {caption} [/INST] Entities:"""
-
-
-def parse_questions(response: str) -> list[Question]:
-    """Questions in the text of TIFA's question model.
-
-    Blocks `About X (type):`, then lines `Q:`, `Choices:`, `A:`. A question without element, choices
-    or answer is left out; an answer that is not among the choices is added to them.
-    """
-    questions = []
-    element = question = choices = None
-    for line in response.split("\n\n")[0].splitlines():  # behind an empty line the model rambles
-        key, _, value = line.strip().partition(":")
-        value = value.strip()
-        if key.startswith("About "):
-            element = key.removeprefix("About ").rpartition(" (")[0] or None
-            question = choices = None
-        elif key == "Q":
-            question = value
-            choices = None
-        elif key == "Choices":
-            choices = [c for c in value.split(", ") if c]
-        elif key == "A":
-            if element and question and choices and value:
-                # "Yes" is the choice "yes"
-                same = [c for c in choices if words(c) == words(value)]
-                value = same[0] if same and value not in choices else value
-                if value not in choices:
-                    choices = [*choices, value]
-                questions.append(Question(question, choices, value, element))
-            question = choices = None
-    return questions
-
-
-def keep_questions(questions: list[Question], multiple_choice: list[str],
-                   free_form: list[str]) -> list[Question]:
-    """TIFA's filter: the QA model must be right from the caption alone.
-
-    With choices and, unless the answer is yes or no, without (token F1 above 0.6).
-    """
-    kept = []
-    seen = set()
-    for q, with_choices, without in zip(questions, multiple_choice, free_form):
-        right = words(with_choices) == words(q.answer)
-        free = q.answer in ("yes", "no") or token_f1(q.answer, without) > 0.6
-        if right and free and q.question not in seen:
-            kept.append(q)
-        seen.add(q.question)
-    return kept
-
-
-class QuestionWriter:
-    """Questions about a caption: TIFA's question model writes them, a QA model filters them."""
-
-    def __init__(self, question_model: str, qa_model: str, device):
-        self.question_tokenizer = load_hf(AutoTokenizer, question_model)
-        self.question_model = load_hf(AutoModelForCausalLM, question_model).to(device)
-        self.qa_tokenizer = load_hf(AutoTokenizer, qa_model)
-        self.qa_model = load_hf(AutoModelForSeq2SeqLM, qa_model).to(device)
-
-    @torch.inference_mode()
-    def write(self, caption: str) -> str:
-        """What the question model says; the prompt holds its own <s>."""
-        ids = self.question_tokenizer(TIFA_PROMPT.format(caption=caption), return_tensors="pt",
-                                      add_special_tokens=False).input_ids
-        ids = ids.to(self.question_model.device)
-        output = self.question_model.generate(ids, attention_mask=torch.ones_like(ids),
-                                              do_sample=False, num_beams=5, max_new_tokens=512)
-        written = output[0, ids.shape[1] :]
-        return self.question_tokenizer.decode(written, skip_special_tokens=True)
-
-    @torch.inference_mode()
-    def answer(self, prompt: str) -> str:
-        """What the QA model answers."""
-        ids = self.qa_tokenizer(prompt, return_tensors="pt").input_ids.to(self.qa_model.device)
-        output = self.qa_model.generate(ids, attention_mask=torch.ones_like(ids),
-                                        do_sample=False, max_new_tokens=32)
-        return self.qa_tokenizer.decode(output[0], skip_special_tokens=True)
-
-    def __call__(self, caption: str) -> list[Question]:
-        questions = parse_questions(self.write(caption))
-        with_choices = []
-        without = []
-        for q in questions:
-            listed = " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(q.choices))
-            with_choices.append(self.answer(f"{q.question} \n {caption} \n {listed} "))
-            without.append(self.answer(f"{q.question} \n {caption}"))
-        return keep_questions(questions, with_choices, without)
 
 
 # ----------------------------------------------------------- the policy's own judgement of images

@@ -1,4 +1,4 @@
-"""04_eval.py --benchmark and --report from files to files.
+"""04_eval.py --benchmark from files to files.
 
 On tiny random models of the classes that are really used.
 """
@@ -25,15 +25,12 @@ from conftest import main, results_of, stage
 from evals import (clipscore, dpg, flickr30k, geneval, gqa, inception, judges, mme, mmmu, pope,
                    tifa, vqav2)
 from evals.detector import Detector, load_mask2former
-from evals.metrics import EvalRecord
 from hermesflow.files import InputError
 from hermesflow.pictures import load_image, to_pil
-from hermesflow.records import Pair, Question
 from hermesflow.sampling import stable_seed
 from hermesflow.scoring import nearest_text
-from hermesflow.tables import write_table
 from model import ImageSampling, Model, TextRequest, load, save
-from test_judges import put_evaluation, save_blip
+from test_judges import save_blip
 from tiny import tiny_model
 
 evaluation = stage("04_eval")
@@ -953,116 +950,3 @@ def test_fid_missing_files(base, tmp_path, name):
     (data / name).unlink()
     with pytest.raises(InputError, match=re.escape(name)):
         run(base, "fid", data, tmp_path / "out")
-
-
-# ------------------------------------------------------------------------------------------- report
-
-NASTY = 'a <b>bold</b> & "quoted" ring'
-SAFE = "a &lt;b&gt;bold&lt;/b&gt; &amp; &quot;quoted&quot; ring"
-TRAINING = ("loss", "nll", "accuracy", "win_change", "lose_change")
-
-
-def report_evaluation(folder, real: Path, gen_right: list[bool]) -> None:
-    questions = [Question("is it red?", ["yes", "no"], "yes", "color"),
-                 Question("how many?", ["one", "two"], "two", "counting")]
-    records = []
-    for id, text in (("a", NASTY), ("b", "two blue squares")):
-        records.append(EvalRecord(
-            id, str(real), text, questions, "a caption", 0.25, ["yes", "two"], [True, True],
-            ["no", "two"], gen_right, all(gen_right)))
-        photo(folder / "images" / f"{id}.png", 1)
-    put_evaluation(folder, records, judge=f"the judge of {folder.name}")
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """The files that run_selfplay.sh leaves after one round, as far as the report reads them."""
-    folder = tmp_path / "toy run"
-    real = photo(tmp_path / "real.jpg", 0)
-    report_evaluation(folder / "eval" / "base", real, [False, True])
-    report_evaluation(folder / "eval" / "round1", real, [True, True])
-    pairs = []
-    for id in "xy":
-        pairs.append(Pair(id, "", NASTY, "", f"good {id} <i>", f"bad {id}", 0.875, 0.125, 0.75,
-                          0.25, "", "is it <u>blue</u>?\nhow many?", True, True))
-    (folder / "round1" / "pairs").mkdir(parents=True)
-    tensors = {"image": torch.tensor([0])}
-    write_table(folder / "round1" / "pairs" / "pairs.jsonl", [(p, tensors) for p in pairs])
-    for side in ("real", "win", "lose"):  # of the first pair alone
-        photo(folder / "round1" / "pairs" / "images" / f"x-{side}.png", 2)
-    log = []
-    for step in range(3):
-        line = {"step": step}
-        for key in TRAINING:
-            line[f"{key}_und"] = line[f"{key}_gen"] = math.exp(-step)
-        log.append(line)
-    put_lines(folder / "round1" / "train" / "train.jsonl", log)
-    put(folder / "round1" / "train" / "settings.json",
-        {"stage": "03_pair_dpo", "settings": {"lr": "<1e-3>"},
-         "inputs": {"pairs": {"items": 2, "content": "0123456789abcdef"}, "reference": None},
-         "code": {"03_pair_dpo.py": "fedcba9876543210"}})
-    return folder
-
-
-def reported(folder, *more) -> str:
-    main(evaluation, "--report", folder, *more)
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-IN_THE_PAGE = (
-    # numbers
-    "0.500 [0.500, 0.500]", "1.000 [1.000, 1.000]", "+0.500 [+0.500, +0.500]",
-    "0.250 [0.250, 0.250]", "2 held-out records", "2 different texts", "base: 1/2", "round1: 2/2",
-    "<td>color</td><td>2</td><td>1.000</td><td>1.000</td><td>0.000</td><td>1.000</td>",
-    # records and pairs
-    "two blue squares", "win 0.88", "lose 0.12", "win 0.75", "lose 0.25", "good x &lt;i&gt;",
-    "bad x", "is it &lt;u&gt;blue&lt;/u&gt;?; how many?", "nothing",
-    # training and settings
-    "round1: training", "loss_und", "win_change_gen", "the judge of base", "eval/round1",
-    "&lt;1e-3&gt;", "items 2, content 0123456789abcdef", "fedcba9876543210",
-)
-
-
-def test_report(finished):
-    page = reported(finished)
-    assert page.startswith("<!doctype html>") and "<title>HermesFlow: toy run</title>" in page
-    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
-    images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 2 * 3 + 3 and all('src="data:image/png;base64,' in i for i in images)
-    for text in IN_THE_PAGE:
-        assert text in page, text
-    assert page.count(SAFE) == 2
-    assert "<b>bold" not in page and "<i>" not in page and "<u>" not in page
-    assert "good y" not in page  # a pair without pictures
-    assert page.count("<svg") == page.count("</svg>") == 1 + 3
-
-
-def test_report_shows_few(finished):
-    assert "two blue squares" not in reported(finished, "--show", 1)
-
-
-def test_report_without_rounds(finished):
-    shutil.rmtree(finished / "round1")
-    page = reported(finished)
-    assert "Paired difference" not in page and page.count("<svg") == 1 and "round1: 2/2" not in page
-
-
-def test_report_of_a_single_step(finished):
-    """After one step, all margins and changes are 0: their chart is flat."""
-    file = finished / "round1" / "train" / "train.jsonl"
-    put_lines(file, [{**dict.fromkeys(lines(file)[0], 0.0), "step": 0}])
-    page = reported(finished)
-    assert page.count("<svg") == page.count("</svg>") == 1 + 3 and "nan" not in page
-
-
-def test_report_needs_the_base(finished):
-    shutil.rmtree(finished / "eval" / "base")
-    with pytest.raises(InputError, match="eval/base/answers.jsonl: missing"):
-        reported(finished)
-
-
-def test_report_refuses_other_records(finished):
-    file = finished / "eval" / "round1" / "answers.jsonl"
-    file.write_text(file.read_text().splitlines()[1] + "\n")
-    with pytest.raises(InputError, match="round1.*other records"):
-        reported(finished)

@@ -1,4 +1,4 @@
-"""04_eval.py: what is evaluated again, what is compared, what a damaged run still reports.
+"""04_eval.py: what is evaluated again, what is compared.
 
 Nothing of the user's is replaced, no NaN is stored, and memory does not grow with the records.
 """
@@ -18,15 +18,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from conftest import ROOT, main, results_of, stage
 from evals import metrics, official
 from evals.judges import Clip, ModelJudge, require_finite
-from hermesflow.files import HELD, InputError
+from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
 from hermesflow.outputs import run_main
 from hermesflow.scoring import nearest_text
 from hermesflow.tables import tensors_of
 from model import Model, load
-from test_benchmark_runs import (DRAWING, RECORDS, base, clip, finished,  # noqa: F401
-                                 geneval_data, gqa_case, lines, mask2former, photo, put, put_lines,
-                                 reported)
+from test_benchmark_runs import (DRAWING, RECORDS, base, clip, geneval_data,  # noqa: F401
+                                 gqa_case, lines, mask2former, photo, put, put_lines)
 from test_judges import eval_record, put_evaluation, save_blip
 
 evaluation = stage("04_eval")
@@ -84,7 +83,7 @@ def test_more_records_continue_from_fewer(base, world, tmp_path, monkeypatch):  
     whole = tmp_path / "whole"
     grown = tmp_path / "grown"
     evaluate(base, world, whole)
-    evaluate(base, world, grown, "--n", 2)
+    evaluate(base, world, grown, "--limit", 2)
     assert len(lines(grown / "answers.jsonl")) == 2
     drawn = []
     generate_images = Model.generate_images
@@ -94,12 +93,12 @@ def test_more_records_continue_from_fewer(base, world, tmp_path, monkeypatch):  
         return generate_images(model, prompts, *more)
 
     monkeypatch.setattr(Model, "generate_images", counted)
-    evaluate(base, world, grown, "--n", 4)
+    evaluate(base, world, grown, "--limit", 4)
     evaluate(base, world, grown)
     assert sorted(drawn) == sorted(TEXTS[2:])  # nothing twice
     assert results_of(grown) == results_of(whole)
     with pytest.raises(InputError, match="content of --records"):
-        evaluate(base, world, grown, "--n", 3)
+        evaluate(base, world, grown, "--limit", 3)
 
 
 def test_more_pictures_cost_no_evaluation(base, world, tmp_path, monkeypatch):  # noqa: F811
@@ -138,10 +137,10 @@ def test_what_changes_no_result_is_not_compared(base, world, tmp_path, monkeypat
 ])
 def test_other_settings_are_refused(base, world, tmp_path, more, named):  # noqa: F811
     out = tmp_path / "out"
-    evaluate(base, world, out, "--n", 1)
+    evaluate(base, world, out, "--limit", 1)
     before = results_of(out)
     with pytest.raises(InputError, match=f"other settings.*{named}"):
-        evaluate(base, world, out, "--n", 1, *more)
+        evaluate(base, world, out, "--limit", 1, *more)
     assert results_of(out) == before
 
 
@@ -184,22 +183,22 @@ def test_other_weights_of_a_judge_are_noticed(base, world, models, tmp_path,  # 
     model = tmp_path / "model"
     out = tmp_path / "out"
     shutil.copytree(models / name, model)
-    common = ("--n", 1, option, model)
+    common = ("--limit", 1, option, model)
     first = evaluate(base, world, out, *common)
     moved = model.rename(tmp_path / "renamed")
     with monkeypatch.context() as patch:
         forbid_generation(patch)
-        assert evaluate(base, world, out, "--n", 1, option, moved) == first
+        assert evaluate(base, world, out, "--limit", 1, option, moved) == first
     damage(moved, 0.5)
     with pytest.raises(InputError, match=f"content of {option}"):
-        evaluate(base, world, out, "--n", 1, option, moved)
+        evaluate(base, world, out, "--limit", 1, option, moved)
 
 
 def test_a_complete_evaluation_answers_without_torch(base, world, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    evaluate(base, world, out, "--n", 2)
+    evaluate(base, world, out, "--limit", 2)
     command = ["04_eval.py", "--records", world / "records.jsonl", "--out", out, "--model", base,
-               "--judge", "self", "--max-new-tokens", 3, "--show", 2, "--n", 2, *DRAWING]
+               "--judge", "self", "--max-new-tokens", 3, "--show", 2, "--limit", 2, *DRAWING]
     done = subprocess.run([sys.executable, "-c", f"""
 import runpy, sys, time
 sys.argv = {[str(c) for c in command]!r}
@@ -224,8 +223,9 @@ sys.exit("did not end where it is complete")
 @pytest.mark.parametrize("more, named", [
     (["--guidance-interval", "0.8", "0.2"], "--guidance-interval"),
     (["--out", ""], "--out"), (["--judge", ""], "--judge"), (["--model", " "], "--model"),
-    (["--across", "color"], "--across"), (["--n", "0"], "--n"), (["--show", "-1"], "--show"),
-    (["--compare", ""], "--compare"), (["--data", ""], "--data"), (["--report", ""], "--report"),
+    (["--across", "color"], "--across"), (["--show", "-1"], "--show"),
+    (["--limit", "0"], "--limit"), (["--skip", "-1"], "--skip"), (["--compare", ""], "--compare"),
+    (["--data", ""], "--data"), (["--report", ""], "--report"),
 ])
 def test_flags(more, named, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -304,9 +304,9 @@ def test_finite_judges_answer_as_before(models):
     """The check of what a judge writes changes no answer."""
     judge = ModelJudge(str(models / "blip"), nearest_text, "cpu")
     picture = Image.new("RGB", (40, 40), "red")
-    answer = judge.vqa_answer(picture, "what color is it?")
+    answers = judge.vqa_answers(picture, ["what color is it?"])
     judge.refuse_nan = None
-    assert judge.vqa_answer(picture, "what color is it?") == answer
+    assert judge.vqa_answers(picture, ["what color is it?"]) == answers
 
 
 def test_nan_of_clip(base, clip, tmp_path, capsys):  # noqa: F811
@@ -614,107 +614,13 @@ def test_compare_with_a_damaged_picture(two, capsys):
 
 def test_evaluations_of_this_program_compare(base, world, tmp_path, capsys):  # noqa: F811
     """What `evaluate` writes is what `compare` reads."""
-    evaluate(base, world, tmp_path / "one", "--n", 3)
-    evaluate(base, world, tmp_path / "two", "--n", 3, "--seed", 1)
+    evaluate(base, world, tmp_path / "one", "--limit", 3)
+    evaluate(base, world, tmp_path / "two", "--limit", 3, "--seed", 1)
     command = ["--compare", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "compared"]
     assert "--seed 0 -> 1" in one_line(capsys, *command)
     main(evaluation, *command, "--across", "seed")
     text = (tmp_path / "compared" / "table.md").read_text()
     assert text.startswith("3 records, 3 different texts") and text.count("\n| two |") == 2
-
-
-# ------------------------------------------------------------------------------------------- report
-
-
-@pytest.mark.parametrize("content, note", [
-    ("", "train.jsonl: empty"), ("{", "train.jsonl: line 1: not valid JSON"),
-    ('{"step": 0}\n', "field &#x27;loss_und&#x27; is missing"), ("[1]\n", "expected an object"),
-    ('{"step": 0, "loss_und": NaN}\n', "not valid JSON"), (b"\xff\xfe", "not UTF-8"),
-])
-def test_report_with_a_damaged_log(finished, content, note):  # noqa: F811
-    file = finished / "round1" / "train" / "train.jsonl"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    page = reported(finished)
-    assert note in page and page.count("<svg") == 1 and "round1: training" in page
-    assert "good x" in page and "<details>" in page  # everything else is there
-
-
-def test_report_ignores_other_folders(finished):  # noqa: F811
-    for name in ("round1_backup", "round", "roundabout", "round01", "round2.old"):
-        shutil.copytree(finished / "round1" / "train", finished / name / "train")
-    before = reported(finished)
-    assert before.count(": training</h2>") == 1 and "round1_backup: " not in before
-
-
-def test_report_without_pairs(finished):  # noqa: F811
-    shutil.rmtree(finished / "round1" / "pairs")
-    page = reported(finished)
-    assert "pairs.jsonl: No such file" in page and page.count("<svg") == 1 + 3
-
-
-@pytest.mark.parametrize("place", ["eval/base/images/a.png", "round1/pairs/images/x-win.png"])
-def test_report_with_a_damaged_picture(finished, place):  # noqa: F811
-    whole = reported(finished).count("<img")
-    file = finished / place
-    file.write_bytes(file.read_bytes()[:100])
-    page = reported(finished)
-    assert page.count("<img") == whole - 1 and f"{place}: cannot read image" in page
-    file.unlink()
-    page = reported(finished)
-    assert page.count("<img") == whole - 1 and ": no picture" in page
-
-
-def test_report_with_other_questions(finished):  # noqa: F811
-    """Elements that one evaluation alone asks about have a dash for the other."""
-    file = finished / "eval" / "round1" / "answers.jsonl"
-    file.write_text(file.read_text().replace('"color"', '"shape"'))
-    change_settings(finished / "eval" / "round1", inputs={"records": {"content": "q"}})
-    page = reported(finished)
-    assert "<td>color</td><td>2</td><td>1.000</td><td>–</td><td>0.000</td><td>–</td>" in page
-    assert "<td>shape</td><td>2</td><td>–</td><td>1.000</td><td>–</td><td>1.000</td>" in page
-    assert "round1 was evaluated with other settings: " in page
-    assert "--judge the judge of base -&gt; the judge of round1; content of --records" in page
-
-
-def test_report_with_damaged_settings(finished):  # noqa: F811
-    put(finished / "round1" / "train" / "settings.json", "{ // an editor's")
-    page = reported(finished)
-    assert "settings.json: not valid JSON" in page and page.count("<svg") == 1 + 3
-
-
-def test_report_of_a_moved_run(finished):  # noqa: F811
-    """Held-out images that stand relative to the answers move with them."""
-    photo(finished / "held_out" / "0.png", 3)
-    for name in ("base", "round1"):
-        file = finished / "eval" / name / "answers.jsonl"
-        records = lines(file)
-        for record in records:
-            record["image"] = "../../held_out/0.png"
-        put_lines(file, records)
-    images = reported(finished).count("<img")
-    HELD.clear()  # as when a process ends
-    moved = finished.rename(finished.parent / "moved")
-    page = reported(moved)
-    assert page.count("<img") == images and "no picture" not in page
-
-
-def test_report_replaces_only_its_own(finished, capsys):  # noqa: F811
-    put(finished / "report.html", "mine")
-    assert "report.html: is there already" in one_line(capsys, "--report", finished)
-    assert (finished / "report.html").read_text() == "mine"
-    (finished / "report.html").unlink()
-    assert reported(finished) == reported(finished)
-
-
-@pytest.mark.parametrize("prepare", [
-    lambda run: None,
-    lambda run: put(run / "round1_backup" / "train" / "train.jsonl", ""),
-    lambda run: put(run, "a file"),
-])
-def test_report_of_no_run(tmp_path, capsys, prepare):
-    prepare(tmp_path / "run")
-    error = one_line(capsys, "--report", tmp_path / "run")
-    assert "eval/base/answers.jsonl: missing" in error
 
 
 # ------------------------------------------------------------------------------------------- memory

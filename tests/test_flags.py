@@ -18,7 +18,7 @@ from hermesflow.options import StageParser, device, folder
 # --------------------------------------------------------------------------------- every script
 
 SCRIPTS = []
-for where in (".", "toy", "toy/studies", "bench"):
+for where in (".", "hermesflow", "toy", "toy/studies", "bench"):
     for file in sorted((ROOT / where).glob("*.py")):
         if '__name__ == "__main__"' in file.read_text(encoding="utf-8"):
             SCRIPTS.append(str(file.relative_to(ROOT)))
@@ -26,9 +26,10 @@ for where in (".", "toy", "toy/studies", "bench"):
 TEXT = (None, Path, folder, device)  # types of options that take text
 NEVER = ["nan", "inf", "-inf", "1e400", "1e38", "abc", "", " ", "0x10"]  # no number of any option
 # options whose range begins at 0 or below; all others begin above it
-ZERO = {"--seed", "--seeds", "--show", "--save-every", "--guidance",
+ZERO = {"--seed", "--seeds", "--show", "--skip", "--save-every", "--guidance",
         "--guidance-interval", "--temperature", "--min-image-score", "--beta", "--und", "--gen",
-        "--nll-und", "--nll-gen", "--cond-dropout", "--warmup", "--weight-decay"}
+        "--nll-und", "--nll-gen", "--cond-dropout", "--warmup", "--weight-decay",
+        "--grad-norms-every", "--preview-every", "--preview-guidance"}
 NEGATIVE = {"--min-image-score"}
 
 
@@ -188,7 +189,9 @@ def loop(tmp_path):
 
     def run(*arguments, path=python.parent, **settings):
         names = ("OUT", "ROUNDS", "SEED", "LAUNCH", "LAUNCH_DPO", "BASE", "TRAIN", "HELD_OUT",
-                 "JUDGE", "PAIRS", "SAMPLE", "SCORE", "DPO", "EVAL")
+                 "JUDGE", "PAIRS", "SAMPLE", "SCORE", "DPO", "EVAL", "ASK", "TRAIN_PART",
+                 "HELD_OUT_PART", "TRAIN_LIMIT", "HELD_OUT_LIMIT", "IMAGES", "QUESTIONS",
+                 "QUESTION_MODEL", "QA_MODEL")
         clean = {k: v for k, v in os.environ.items() if k not in (*names, "WORLD_SIZE")}
         settings = {"OUT": str(tmp_path / "out"), **settings}
         environment = {**clean, **settings, "PATH": f"{path}:{clean['PATH']}"}
@@ -219,6 +222,61 @@ def test_the_loop_runs_every_stage_of_every_round(loop, pairs, previous):
     assert "--dry-run" not in done.stdout
     trained = [line.split() for line in lines if line.startswith("several.py")]
     assert all(line[1] == "03_pair_dpo.py" for line in trained)
+
+
+def records_of(done, script: str) -> list[str]:
+    """What a script is told of its records, in all of its calls."""
+    calls = [line for line in done.stdout.splitlines() if script in line and "--records" in line]
+    flags = ("--records", "--skip", "--limit", "--questions", "--image-folder")
+    found = set()
+    for words in map(str.split, calls):
+        found.add(" ".join(f"{w} {words[i + 1]}" for i, w in enumerate(words) if w in flags))
+    return sorted(found)
+
+
+def test_one_file_makes_both_sets(loop, tmp_path):
+    """The records to learn from come first, those held out behind them."""
+    showo = ROOT / "configs" / "showo.sh"
+    records = tmp_path / "r.json"
+    records.write_text("[]")
+    common = {"LAUNCH": "python", "ROUNDS": "2", "TRAIN": str(records)}
+    done = loop(showo, **common)
+    assert done.returncode == 0, done.stderr
+    asked = "--questions vqa_data.json"
+    assert records_of(done, "01_sample.py") == [f"--records {records} --limit 5000 {asked}"]
+    assert records_of(done, "04_eval.py") == [
+        f"--records {records} --skip 5000 --limit 600 {asked}"]
+    assert "hermesflow.questions" not in done.stdout
+    # fewer, images elsewhere, no file of questions
+    done = loop(showo, **common, TRAIN_LIMIT="7", HELD_OUT_LIMIT="3", IMAGES="i", QUESTIONS="")
+    assert records_of(done, "01_sample.py") == [f"--records {records} --limit 7 --image-folder i"]
+    assert records_of(done, "04_eval.py") == [
+        f"--records {records} --skip 7 --limit 3 --image-folder i"]
+    # another file is taken as it is, a folder too
+    done = loop(showo, **common, HELD_OUT=str(tmp_path), HELD_OUT_PART="--limit 9")
+    assert records_of(done, "04_eval.py") == [f"--records {tmp_path} --limit 9"]
+
+
+@pytest.mark.parametrize("config", ["toy", "showo"])
+def test_questions_are_written_once_before_all(loop, tmp_path, config):
+    records = tmp_path / "r.json"
+    records.write_text("[]")
+    done = loop(ROOT / "configs" / f"{config}.sh", LAUNCH="python", ROUNDS="3", TRAIN=str(records),
+                HELD_OUT=str(records), QUESTION_MODEL="q", QA_MODEL="a", ASK="--batch 3")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out" / "questions"
+    lines = done.stdout.splitlines()
+    writing = [line for line in lines if "hermesflow.questions" in line]
+    assert lines[:2] == writing and len(writing) == 2
+    for line, name in zip(writing, ("train", "held_out")):
+        start = f"-m hermesflow.questions --out {out}/{name} --question-model q --qa-model a "
+        assert line.startswith(start) and " --batch 3 " in line and "--questions" not in line
+    for script, name in (("01_sample.py", "train"), ("04_eval.py", "held_out")):
+        (told,) = records_of(done, script)
+        assert told.endswith(f" --questions {out}/{name}/questions.jsonl")
+        assert told.count("--questions") == 1
+    limits = [("--limit 5000" in line, "--skip 5000 --limit 600" in line) for line in writing]
+    assert limits == [(config == "showo", False), (False, config == "showo")]
 
 
 @pytest.mark.parametrize("name, values", [
@@ -252,8 +310,10 @@ def test_the_loop_refuses_configs(loop, tmp_path):
                        (toy + "false\n", "mine.sh")):
         config.write_text(text)
         refused(loop(config), what)
-    # an older file of settings has no LAUNCH_DPO
-    config.write_text("\n".join(line for line in toy.splitlines() if "LAUNCH_DPO" not in line))
+    # older files of settings have none of these
+    newer = ("LAUNCH_DPO", "TRAIN_PART", "HELD_OUT_PART", "ASK")
+    config.write_text("\n".join(line for line in toy.splitlines()
+                                if not line.startswith(tuple(f"{name}=" for name in newer))))
     done = loop(config)
     assert done.returncode == 0 and "\n03_pair_dpo.py" in done.stdout
 
@@ -262,9 +322,13 @@ def test_the_loop_refuses_configs(loop, tmp_path):
     ({"LAUNCH": "env WORLD_SIZE=2 python"}, "DPO: --batch 16 is not a multiple of --micro-batch"),
     ({"LAUNCH_DPO": "env WORLD_SIZE=3 python"}, "times 3 processes"),
     ({"DPO": "--lr nan"}, "DPO: argument --lr"),
-    ({"SAMPLE": "--images 0"}, "SAMPLE: argument --images"),
+    ({"SAMPLE": "--images 0"}, "SAMPLE or TRAIN_PART: argument --images"),
     ({"SCORE": "--batch -3"}, "SCORE: argument --batch"),
-    ({"EVAL": "--stepz 3"}, "EVAL: unrecognized arguments: --stepz 3"),
+    ({"EVAL": "--stepz 3"}, "EVAL or HELD_OUT_PART: unrecognized arguments: --stepz 3"),
+    ({"TRAIN_PART": "--skip -1"}, "SAMPLE or TRAIN_PART: argument --skip"),
+    ({"HELD_OUT_PART": "--limit 0"}, "EVAL or HELD_OUT_PART: argument --limit"),
+    ({"QUESTION_MODEL": "q", "ASK": "--batch 0"}, "ASK or TRAIN_PART: argument --batch"),
+    ({"QUESTION_MODEL": "q", "HELD_OUT_PART": "--questions q"}, "HELD_OUT_PART: unrecognized"),
     ({"ROUNDS": "99999999999"}, "argument --round"),
     ({"SEED": "99999999999999999999"}, "argument --seed"),
 ])

@@ -24,8 +24,9 @@ from hermesflow.inputs import read_records, record_items
 from hermesflow.jsonl import lines_of, read_jsonl
 from hermesflow.outputs import Output, complete, finish, prepare, read_mark
 from hermesflow.pictures import load_image
+from hermesflow.questions import keep_questions, parse_questions
 from hermesflow.records import Pair, Question, Record, Sample, Score
-from hermesflow.scoring import NOTHING, keep_questions, nearest_text, parse_questions
+from hermesflow.scoring import NOTHING, nearest_text
 from hermesflow.tables import check_pairs, check_samples, load_tensors, tensors_of, write_table
 
 
@@ -114,7 +115,7 @@ def test_jsonl(tmp_path, text, kind, skip):
         assert [r.id for r in records] == records.ids
         assert list(records[::-1]) == [records[i] for i in reversed(range(len(records)))]
     survives(lambda: list(lines_of(tmp_path / "x.jsonl")))
-    survives(content, lambda: record_items(tmp_path / "x.jsonl", None))
+    survives(content, lambda: record_items(tmp_path / "x.jsonl"))
 
 
 @fuzz(1000)

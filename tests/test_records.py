@@ -787,7 +787,7 @@ def test_bad_original_question(original, change, parts):
     ('{"id": 1, "img_path": "a", "caption": "c"}, {"id": 2, "img_', "not valid JSON"),
     ('{"id": 1}', "array"),
     ("[]", "no records"),
-    ("", "not valid JSON"),
+    ("", "not records in a format that is read"),
 ])
 def test_bad_original_file(original, text, part):
     path, _ = original.write()

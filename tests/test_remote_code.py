@@ -68,7 +68,8 @@ from evals.detector import Detector, load_mask2former
 from evals.judges import Clip, load_judge
 from hermesflow.checkpoints import load_hf, load_tokenizer
 from hermesflow.files import InputError
-from hermesflow.scoring import QuestionWriter, answer_matcher, caption_scorer
+from hermesflow.questions import QuestionWriter
+from hermesflow.scoring import answer_matcher, caption_scorer
 from model import load
 
 folder, base, marker = sys.argv[1:]

@@ -1,6 +1,6 @@
-"""Scores, questions and curation of stage 2.
+"""Scores and curation of stage 2.
 
-TIFA's recorded cases, text similarity, encoders, log-probs, self-play.
+TIFA's recorded similarities, text similarity, encoders, log-probs, self-play.
 """
 
 import json
@@ -9,9 +9,8 @@ import shutil
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (BertConfig, BertModel, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import model as wrapper
 from conftest import GOLDEN, main, stage
@@ -28,50 +27,12 @@ Candidate = score.Candidate
 
 TIFA = json.loads((GOLDEN / "tifa_cases.json").read_text())
 
-
-def question(data: dict) -> Question:
-    return Question(data["question"], data["choices"], data["answer"], data.get("element", ""))
-
-
-# -------------------------------------------------------------------------------- TIFA, as recorded
-
-
-def test_tifa_prompt():
-    case = TIFA["_prompt"]
-    assert scoring.TIFA_PROMPT.format(caption=case["caption"]) == case["prompt"]
-
-
-def test_tifa_prompt_takes_braces_in_a_caption():
-    prompt = scoring.TIFA_PROMPT.format(caption="{0} and {caption}")
-    assert "Description: {0} and {caption} [/INST]" in prompt
-
-
-@pytest.mark.parametrize("name", [name for name in TIFA if not name.startswith("_")])
-def test_tifa_parse(name):
-    parsed = scoring.parse_questions(TIFA[name]["response"])
-    recorded = [(q["element"], q["question"], q["answer"]) for q in TIFA[name]["parsed"]]
-    assert [(q.element, q.question, q.answer) for q in parsed] == recorded
-    for ours, theirs in zip(parsed, TIFA[name]["parsed"]):
-        assert ours.choices[: len(theirs["choices"])] == theirs["choices"]
-        # where the recorded answer is not among the choices, it is added: nobody could give it
-        assert set(ours.choices) == {*theirs["choices"], theirs["answer"]}
-
-
-def test_tifa_filter():
-    case = TIFA["_filter"]
-    questions = [question(q) for q in case["questions"]]
-    multiple_choice = [case["multiple_choice_answers"][q.question] for q in questions]
-    free_form = [case["free_form_answers"][q.question] for q in questions]
-    kept = scoring.keep_questions(questions, multiple_choice, free_form)
-    assert [q.question for q in kept] == case["kept"]
+# ---------------------------------------------------------------------------------- text similarity
 
 
 @pytest.mark.parametrize("pair", TIFA["_filter"]["f1"])
 def test_tifa_f1(pair):
     assert scoring.token_f1(*pair.split("|")) == pytest.approx(TIFA["_filter"]["f1"][pair])
-
-
-# ---------------------------------------------------------------------------------- text similarity
 
 
 @pytest.mark.parametrize("caption, truth, f1", [
@@ -206,131 +167,6 @@ def test_unknown_encoder_is_one_line(tmp_path):
     with pytest.raises(InputError, match="nothing here: no such folder, and no name of a") as error:
         scoring.SentenceEncoder(str(tmp_path / "nothing here"), "cls", "cpu")
     assert "\n" not in str(error.value)
-
-
-# -------------------------------------------------------------------------------- writing questions
-
-
-def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One token per byte, so that decoding gives the text back.
-
-    template: where the special tokens go.
-    """
-    vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(vocabulary)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        clean_up_tokenization_spaces=False)
-
-
-@pytest.fixture(scope="module")
-def question_writer(tmp_path_factory):
-    """TIFA's two models, tiny and random.
-
-    Their tokenizers add <s> in front and </s> behind, as the real ones do.
-    """
-    torch.manual_seed(0)
-    question_model = tmp_path_factory.mktemp("question_model")
-    qa_model = tmp_path_factory.mktemp("qa_model")
-    tokenizer = byte_tokenizer("<s> $A")
-    tokenizer.save_pretrained(question_model)
-    byte_tokenizer("$A </s>").save_pretrained(qa_model)
-    special = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    llama = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                        num_attention_heads=2, **special)
-    LlamaForCausalLM(llama).save_pretrained(question_model)
-    t5 = T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2,
-                  decoder_start_token_id=0, **special)
-    T5ForConditionalGeneration(t5).save_pretrained(qa_model)
-    return scoring.QuestionWriter(str(question_model), str(qa_model), "cpu")
-
-
-@pytest.fixture
-def prompts(question_writer, monkeypatch):
-    """What reaches the two models, as (name, token ids, settings).
-
-    The models still run, but for few tokens.
-    """
-    seen = []
-    for name in ("question_model", "qa_model"):
-        model = getattr(question_writer, name)
-
-        def generate(ids, name=name, original=model.generate, **how):
-            seen.append((name, ids[0].tolist(), how))
-            return original(ids, **{**how, "max_new_tokens": 8})
-
-        monkeypatch.setattr(model, "generate", generate)
-    return seen
-
-
-def test_question_writer_runs(question_writer, prompts):
-    questions = question_writer("a blue rabbit {and} a red plane")
-    assert isinstance(questions, list) and all(isinstance(q, Question) for q in questions)
-    (name, ids, how), *_ = prompts
-    assert (name, how["num_beams"], how["do_sample"]) == ("question_model", 5, False)
-    expected = scoring.TIFA_PROMPT.format(caption="a blue rabbit {and} a red plane")
-    assert ids.count(1) == 1 and ids[0] == 1 and 2 not in ids  # one <s>: the prompt's own
-    written = question_writer.question_tokenizer.decode(ids[1:])
-    assert written == expected.removeprefix("<s>")
-
-
-def test_generated_text_leaves_the_prompt_out(question_writer, monkeypatch):
-    tokenizer = question_writer.question_tokenizer
-    response = tokenizer(" fox\nActivities:", add_special_tokens=False, return_tensors="pt")
-    end = torch.tensor([[2]])
-
-    def generate(ids, **how):
-        return torch.cat([ids, response.input_ids, end], 1)
-
-    monkeypatch.setattr(question_writer.question_model, "generate", generate)
-    assert question_writer.write("x") == " fox\nActivities:"
-
-
-RESPONSE = (" rabbit\nActivities:\nColors: blue\nCounting: 2\nOther attributes:\n"
-            "Questions and answers are below:\n"
-            "About rabbit (animal):\nQ: what animal is it?\nChoices: rabbit, Cat\nA: rabbit\n"
-            "About blue (color):\nQ: is it blue?\nChoices: yes, no\nA: yes\n"
-            "About two (counting):\nQ: how many?\nChoices: 1, 2\nA: 2")
-
-
-@pytest.fixture
-def written(question_writer, monkeypatch):
-    """The question model writes RESPONSE; the QA model is the real random one."""
-    monkeypatch.setattr(question_writer, "write", lambda caption: RESPONSE)
-
-
-def test_qa_model_prompts(question_writer, prompts, written):
-    """UnifiedQA's two prompts per question, each with one </s> at its end.
-
-    `{q} \\n {caption} \\n (A) a (B) b `, and the same without choices.
-    """
-    question_writer("A Blue rabbit")
-    ids = [ids for name, ids, _ in prompts if name == "qa_model"]
-    assert all(i.count(2) == 1 and i[-1] == 2 and 1 not in i for i in ids)
-    assert [question_writer.qa_tokenizer.decode(i[:-1]) for i in ids] == [
-        "what animal is it? \n A Blue rabbit \n (A) rabbit (B) Cat ",
-        "what animal is it? \n A Blue rabbit",
-        "is it blue? \n A Blue rabbit \n (A) yes (B) no ",
-        "is it blue? \n A Blue rabbit",
-        "how many? \n A Blue rabbit \n (A) 1 (B) 2 ",
-        "how many? \n A Blue rabbit",
-    ]
-
-
-def test_qa_model_filters(question_writer, written, monkeypatch):
-    """Right with choices and without: kept.
-
-    Right only with choices: dropped, unless the answer is yes or no.
-    """
-    answers = iter(["rabbit", "a rabbit", "yes", "black", "2", "seven of them"])
-    monkeypatch.setattr(question_writer, "answer", lambda prompt: next(answers))
-    kept = question_writer("a blue rabbit")
-    assert kept == [Question("what animal is it?", ["rabbit", "Cat"], "rabbit", "rabbit"),
-                    Question("is it blue?", ["yes", "no"], "yes", "blue")]
 
 
 # --------------------------------------------------------------------------- what the policy writes

@@ -13,11 +13,11 @@ from conftest import stage
 from hermesflow.files import InputError
 from hermesflow.inputs import read_records
 from hermesflow.pictures import load_image
+from hermesflow.questions import parse_questions
 from hermesflow.records import Question, Sample, check_question
 from hermesflow.sampling import maskgit_decode, sample_tokens
 from hermesflow.options import ImageSampling
-from hermesflow.scoring import (NOTHING, answer_matcher, is_correct, meanings, nearest_text,
-                                parse_questions)
+from hermesflow.scoring import NOTHING, answer_matcher, is_correct, meanings, nearest_text
 from model import TextBatch
 from tiny import tiny_model
 
@@ -80,7 +80,7 @@ def test_records_without_questions_leave_the_others_alone(monkeypatch):
 
     monkeypatch.setattr(score, "answer_questions", answer)
     scores = score.score_records(SimpleNamespace(device="cpu"), samples, lambda c, t: [1.0],
-                                 nearest_text, None, False, False, 4)
+                                 nearest_text, False, False, 4)
     assert [s.answers for s in scores] == [[["a?a"]] * 2, [[]] * 3, [["c?c"] * 2]]
     assert [len(s.image_scores) for s in scores] == [2, 0, 1]
 

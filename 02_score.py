@@ -78,7 +78,7 @@ import torch
 from hermesflow.files import InputError
 from hermesflow.jsonl import Lines, read_jsonl, require_among, write_jsonl
 from hermesflow.pictures import save_pair_gallery
-from hermesflow.records import Pair, Question, Sample, Score, about, parse_record
+from hermesflow.records import Pair, Sample, Score, about, parse_record
 from hermesflow.runs import Earlier, map_records, prepare_output, say
 from hermesflow.scoring import (answer_matcher, answer_questions, caption_likelihood,
                                 caption_scorer, meanings, reencode)

@@ -136,7 +136,7 @@ from hermesflow.files import write_text
 from hermesflow.pictures import record_image, save_picture, to_pil
 from hermesflow.runs import Earlier, Results, map_records, prepare_output, say
 from hermesflow.sampling import ImageSampling, TextRequest, stable_seed
-from hermesflow.scoring import answer_matcher, answer_questions, caption_scorer, is_correct
+from hermesflow.scoring import answer_matcher, answer_questions, caption_scorer, are_right, meanings
 from hermesflow.tables import tensors_of, write_table
 from model import Model, load_from
 
@@ -171,9 +171,10 @@ def evaluator(model: Model, load_tools, sampling: ImageSampling, seed: int, max_
                 caption_score = score_captions([captions[i]], r.caption)[0]
                 if not math.isfinite(caption_score):
                     raise InputError(f"the score of its caption is {caption_score}")
-                und_correct = is_correct(answers[i], r.questions, match)
+                und_matched = meanings(answers[i], r.questions, match)
                 gen_answers = judge.answer(pictures[i], r.questions)
-                gen_correct = judge.is_correct(gen_answers, r.questions)
+                gen_matched = judge.meanings(gen_answers, r.questions)
+            gen_right = are_right(gen_matched, r.questions)
             record = EvalRecord(
                 id=r.id,
                 image=r.image,
@@ -182,10 +183,12 @@ def evaluator(model: Model, load_tools, sampling: ImageSampling, seed: int, max_
                 caption=captions[i],
                 caption_score=caption_score,
                 und_answers=answers[i],
-                und_right=und_correct,
+                und_matched=und_matched,
+                und_right=are_right(und_matched, r.questions),
                 gen_answers=gen_answers,
-                gen_right=gen_correct,
-                all_right=judge.all_correct(pictures[i], r, gen_correct),
+                gen_matched=gen_matched,
+                gen_right=gen_right,
+                all_right=judge.all_correct(pictures[i], r, gen_right),
             )
             results.append({**asdict(record), "codes": drawn[i].tolist()})
         return results

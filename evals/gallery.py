@@ -5,22 +5,18 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.compare import read_settings
 from evals.html import (card, card_grid, figure, figure_row, folded, folded_list, key, note,
                         wrong_answers)
-from evals.metrics import EvalRecord
 from evals.official import get
 from hermesflow.files import InputError, read_object
 from hermesflow.jsonl import Lines, read_jsonl
-from hermesflow.records import Pair, Question, Score
-from hermesflow.scoring import answer_matcher
+from hermesflow.records import Pair, Score
 
 # ----------------------------------------------------------------------------------------- held out
 
 
 def drawings(folders: dict[str, Path], runs: dict[str, Lines], show: int) -> str:
     """Held-out prompts: the real image, every policy's drawing, and the wrong answers."""
-    meant = {name: meaning(folder) for name, folder in folders.items()}
     cards = []
     for records in islice(zip(*runs.values()), show):
         figures = [figure(Path(records[0].image), "real")]
@@ -33,13 +29,13 @@ def drawings(folders: dict[str, Path], runs: dict[str, Lines], show: int) -> str
                                   f"{name} {mark} {share(r.gen_right)}",
                                   "right" if r.all_right else "wrong"))
             wrong.append(wrong_answers(f"{name}’s drawing", r.questions, r.gen_answers,
-                                       meant[name](r, "gen")))
+                                       r.gen_matched))
             if all(r.gen_right) and not r.all_right:
                 wrong.append(f"<p>{name}’s drawing: every answer is right, yet it is not exactly "
                              "what the text says</p>")
             real_right.append(f"{name} {share(r.und_right)}")
             real_wrong.append(wrong_answers(f"{name} about the real image", r.questions,
-                                            r.und_answers, meant[name](r, "und")))
+                                            r.und_answers, r.und_matched))
         wrong.append(folded(f"answers about the real image: {', '.join(real_right)}",
                             "".join(real_wrong) or "<p>all right</p>"))
         cards.append(card(escape(records[0].text) + figure_row(figures) + "".join(wrong)))
@@ -51,37 +47,6 @@ def drawings(folders: dict[str, Path], runs: dict[str, Lines], show: int) -> str
 
 def share(right: list[bool]) -> str:
     return f"{sum(right)}/{len(right)}"
-
-
-def meaning(folder: Path):
-    """A function of (record, "und" or "gen"): per question the choice that the answer means.
-
-    answers.jsonl says which are right. What a wrong one was taken for is known where it is a choice
-    itself or was matched by its text; "" means no choice, None not known.
-    """
-    try:
-        settings = read_settings(folder)["settings"]
-    except InputError:
-        settings = {}
-    match = answer_matcher("text", None)
-
-    def taken_for(q: Question, answer: str, exact: bool) -> str | None:
-        if answer in q.choices:
-            choice = answer
-        elif settings.get("matcher") == "text" and not exact:
-            choice = match(answer, q.choices)
-        else:
-            return None
-        return None if choice == q.answer else choice  # it is marked wrong
-
-    def meanings(r: EvalRecord, half: str) -> list[str | None]:
-        exact = half == "gen" and settings.get("judge") == "toy"  # an oracle's need no matching
-        answers = r.gen_answers if half == "gen" else r.und_answers
-        right = r.gen_right if half == "gen" else r.und_right
-        return [q.answer if ok else taken_for(q, answer, exact)
-                for q, answer, ok in zip(r.questions, answers, right)]
-
-    return meanings
 
 
 # ------------------------------------------------------------------------------------------- pairs

@@ -24,7 +24,7 @@ from transformers import (
 from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
 from hermesflow.records import Question, Record
-from hermesflow.scoring import is_correct
+from hermesflow.scoring import meanings
 
 JUDGED_AT_ONCE = 8  # questions about a picture: bounds a judge's memory
 
@@ -179,8 +179,8 @@ class ModelJudge:
         ids = self.model.generate(**inputs, max_new_tokens=20, logits_processor=self.refuse_nan)
         return [self.processor.decode(i, skip_special_tokens=True).strip() for i in ids]
 
-    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
-        return is_correct(answers, questions, self.match)
+    def meanings(self, answers: list[str], questions: list[Question]) -> list[str]:
+        return meanings(answers, questions, self.match)
 
     def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
         return all(correct)

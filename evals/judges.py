@@ -1,7 +1,8 @@
-"""Judges of generated images: each answers questions about a picture, and marks the answers.
+"""Judges of generated images: each answers questions about a picture.
 
-A judge has three methods: `answer(picture, questions)` gives one answer per question, `is_correct`
-marks them, `all_correct` says whether the picture has no mistake at all. The paper's is GPT-4o.
+A judge has three methods: `answer(picture, questions)` gives one answer per question, `meanings`
+the choice that each of them means, `all_correct` says whether the picture has no mistake at all.
+The paper's is GPT-4o.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from evals.judge_models import ModelJudge, require_finite
 from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
 from hermesflow.records import Question, Record
-from hermesflow.scoring import answer_questions, is_correct
+from hermesflow.scoring import NOTHING, answer_questions, meanings
 
 
 class ModelNames(NamedTuple):
@@ -50,8 +51,8 @@ class ToyJudge:
     def answer(self, picture: Image.Image, questions: list[Question]) -> list[str]:
         return [self.world.answer(picture, q.question) for q in questions]
 
-    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
-        return [answer == q.answer for answer, q in zip(answers, questions)]
+    def meanings(self, answers: list[str], questions: list[Question]) -> list[str]:
+        return [a if a in q.choices else NOTHING for a, q in zip(answers, questions)]
 
     def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
         """Whether the picture is exactly the scene of the record's text.
@@ -81,8 +82,8 @@ class SelfJudge:
         pixels = pixels.float() / 127.5 - 1
         return answer_questions(self.model, pixels, [questions], self.max_new_tokens)[0]
 
-    def is_correct(self, answers: list[str], questions: list[Question]) -> list[bool]:
-        return is_correct(answers, questions, self.match)
+    def meanings(self, answers: list[str], questions: list[Question]) -> list[str]:
+        return meanings(answers, questions, self.match)
 
     def all_correct(self, picture: Image.Image, record: Record, correct: list[bool]) -> bool:
         return all(correct)

@@ -35,8 +35,10 @@ class EvalRecord:
     caption: str  # the model's
     caption_score: float
     und_answers: list[str]  # the model's, about the real image
+    und_matched: list[str]  # the choice that each of them means; empty: none
     und_right: list[bool]
     gen_answers: list[str]  # the judge's, about the generated image
+    gen_matched: list[str]
     gen_right: list[bool]
     all_right: bool
     shard: str = ""  # file that holds the tensor

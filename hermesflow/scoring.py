@@ -106,14 +106,13 @@ def caption_scorer(name: str, device):
 
 def answer_matcher(name: str, device):
     """(answer, choices) -> the choice it means. The original: sentence embeddings, mean pooling."""
-    nearest = nearest_text
-    if name != "text":
-        encode = SentenceEncoder(name, "mean", device)
+    encode = None if name == "text" else SentenceEncoder(name, "mean", device)
 
-        def nearest(answer: str, choices: tuple[str]) -> str:
-            return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
-
-    nearest = lru_cache(10**5)(nearest)  # the same few answers come again and again
+    @lru_cache(10**5)  # the same few answers come again and again
+    def nearest(answer: str, choices: tuple[str]) -> str:
+        if encode is None:
+            return nearest_text(answer, choices)
+        return choices[int((encode(list(choices)) @ encode([answer])[0]).argmax())]
 
     def match(answer: str, choices: list[str]) -> str:
         if answer in choices:
@@ -128,10 +127,9 @@ def meanings(answers: list[str], questions: list[Question], match) -> list[str]:
     return [match(a, q.choices) for a, q in zip(answers, questions)]
 
 
-def is_correct(answers: list[str], questions: list[Question], match) -> list[bool]:
-    """Per question: is the choice that the answer means the right one?"""
-    meant = meanings(answers, questions, match)
-    return [choice == q.answer for choice, q in zip(meant, questions)]
+def are_right(choices: list[str], questions: list[Question]) -> list[bool]:
+    """Per question: is the choice that its answer means the right one?"""
+    return [choice == q.answer for choice, q in zip(choices, questions, strict=True)]
 
 
 # ----------------------------------------------------------- the policy's own judgement of images

@@ -8,7 +8,6 @@ does not grow with their number; no shard grows beyond SHARD_BYTES and a record.
 
 import hashlib
 import itertools
-import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path

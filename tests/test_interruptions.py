@@ -3,7 +3,6 @@
 bench/drill.py does more of it, at random.
 """
 
-import json
 import os
 import shutil
 import signal

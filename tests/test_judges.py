@@ -24,7 +24,7 @@ from hermesflow.files import InputError
 from hermesflow.outputs import FORMAT
 from hermesflow.pictures import to_pil
 from hermesflow.records import Question, Record, vqa_question
-from hermesflow.scoring import nearest_text
+from hermesflow.scoring import are_right, nearest_text
 from hermesflow.tables import write_table
 from model import TextRequest
 from tiny import tiny_model
@@ -107,8 +107,8 @@ def test_model_judge_answers(llava):
     judge = ModelJudge(str(llava), nearest_text, "cpu")
     answers = judge.answer(PICTURE, QUESTIONS)
     assert len(answers) == 3 and judge.answer(PICTURE, QUESTIONS) == answers  # greedy
-    assert judge.is_correct(answers, QUESTIONS) == [
-        nearest_text(a, q.choices) == q.answer for a, q in zip(answers, QUESTIONS)]
+    assert judge.meanings(answers, QUESTIONS) == [
+        nearest_text(a, q.choices) for a, q in zip(answers, QUESTIONS)]
 
 
 def test_model_judge_matches_the_models_words(llava, monkeypatch):
@@ -119,7 +119,7 @@ def test_model_judge_matches_the_models_words(llava, monkeypatch):
                         lambda input_ids, **_: torch.cat([input_ids, torch.arange(3)[:, None]], 1))
     answers = judge.answer(PICTURE, QUESTIONS)
     assert answers == words  # unchanged, so that the judge can be audited
-    assert judge.is_correct(answers, QUESTIONS) == [True, True, True]
+    assert judge.meanings(answers, QUESTIONS) == ["blue", "two", "no"]
 
 
 def test_model_judge_sees_picture_question_and_choices(llava, monkeypatch):
@@ -145,7 +145,7 @@ def test_model_judge_leaves_the_prompt_out_of_the_answer(llava, monkeypatch):
 
     monkeypatch.setattr(judge.model, "generate", generate)
     assert judge.answer(PICTURE, QUESTIONS[:1]) == ["green ."]
-    assert judge.is_correct(["green ."], QUESTIONS[:1]) == [False]
+    assert judge.meanings(["green ."], QUESTIONS[:1]) == ["green"]
 
 
 def test_model_judge_does_not_double_the_first_token(tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_self_judge_answers_about_the_picture():
     requests = [TextRequest(0, vqa_question(q)) for q in QUESTIONS]
     expected = [model.decode_text(g.ids).strip() for g in model.generate_text(encoded, requests, 6)]
     assert answers == expected
-    assert judge.is_correct(["It is BLUE.", "1", "no"], QUESTIONS) == [True, False, True]
+    assert judge.meanings(["It is BLUE.", "1", "no"], QUESTIONS) == ["blue", "one", "no"]
 
 
 def test_load_judge(llava):
@@ -291,7 +291,7 @@ def toy_judgement(picture: Image.Image, record: Record) -> tuple[list[bool], boo
     judge = ToyJudge()
     answers = judge.answer(picture, record.questions)
     correct = [a == q.answer for a, q in zip(answers, record.questions, strict=True)]
-    assert judge.is_correct(answers, record.questions) == correct
+    assert are_right(judge.meanings(answers, record.questions), record.questions) == correct
     return correct, judge.all_correct(picture, record, correct)
 
 
@@ -387,7 +387,7 @@ def test_bootstrap_of_several_metrics():
 
 
 def eval_record(id, und_right, gen_right, caption_score, all_right, text="a cat") -> EvalRecord:
-    return EvalRecord(id, "a.png", text, [], "a caption", caption_score, [], und_right, [],
+    return EvalRecord(id, "a.png", text, [], "a caption", caption_score, [], [], und_right, [], [],
                       gen_right, all_right)
 
 

@@ -56,8 +56,8 @@ RECORDS = {
             Score("b", [], [], [], [], [], "no questions")],
     Pair: [Pair("a", "a.png", "y", "", "w", ODD, 0.1 + 0.2, 1e-30, 1.0, -0.5, f"{ODD}\nq?", "",
                 True, False, "p-00001.safetensors", 8191, "f" * 16)],
-    EvalRecord: [EvalRecord("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], [True, False],
-                            ["x", ""], [False, False], True, "a-00000.safetensors", 7, "b" * 16)],
+    EvalRecord: [EvalRecord("a", "a.png", "t", QUESTIONS, ODD, 0.5, ["red"], ["red"],
+                            [True, False], ["x", ""], ["", ODD], [False, False], True, "a-00000.safetensors", 7, "b" * 16)],
 }
 
 

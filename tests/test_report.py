@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import main, stage
 from evals import metrics
 from evals.charts import Line, axes_of, chart, thinned, ticks
-from evals.gallery import Judged, candidate, judged, meaning
+from evals.gallery import Judged, candidate, judged
 from evals.html import figure, wrong_answers
 from evals.metrics import EvalRecord
 from evals.rounds import acceptance, overview, previews, tally, training
@@ -50,8 +50,8 @@ def report_evaluation(folder, real, gen_right: list[bool]) -> None:
     records = []
     for id, text in (("a", NASTY), ("b", "two blue squares")):
         records.append(EvalRecord(
-            id, str(real), text, questions, "a caption", 0.25, ["yes", "two"], [True, True],
-            gen_answers, gen_right, all(gen_right)))
+            id, str(real), text, questions, "a caption", 0.25, ["yes", "two"], ["yes", "two"],
+            [True, True], gen_answers, gen_answers, gen_right, all(gen_right)))
         photo(folder / "images" / f"{id}.png", 1)
     put_evaluation(folder, records, judge=f"the judge of {folder.name}", steps="16", matcher="text")
 
@@ -183,26 +183,6 @@ def test_wrong_answers_say_what_they_were_taken_for():
 def test_long_lists_are_folded():
     shown = wrong_answers("t", QUESTIONS[:1] * 5, ["no"] * 5, ["no"] * 5)
     assert shown.count("<li>") == 5 and "<details><summary>2 more</summary><ul><li>" in shown
-
-
-@pytest.mark.parametrize("judge, matcher, gen, und", [
-    ("self", "text", ["two", ""], ["yes", "two"]),
-    ("toy", "text", [None, None], ["yes", "two"]),  # an oracle's answers are not matched
-    ("self", "an/encoder", [None, None], ["yes", None]),  # cannot be known
-])
-def test_meaning(tmp_path, judge, matcher, gen, und):
-    questions = [Question("how many?", ["one", "two"], "one"),
-                 Question("how many?", ["one", "two"], "two")]
-    questions[0].choices = ["one", "two", "yes"]
-    record = EvalRecord("a", "a.png", "t", questions, "", 0.0, ["yes", "2 of them"], [False, True],
-                        ["it is two", "many"], [False, False], False)
-    if matcher != "text":
-        record.und_right[1] = False
-    put_evaluation(tmp_path / "e", [record], judge=judge, matcher=matcher)
-    meant = meaning(tmp_path / "e")
-    assert meant(record, "gen") == gen and meant(record, "und") == und
-    (tmp_path / "e" / "settings.json").unlink()
-    assert meaning(tmp_path / "e")(record, "gen") == [None, None]
 
 
 def test_answers_about_pairs(finished):

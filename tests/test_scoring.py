@@ -76,13 +76,13 @@ def test_nearest_text(answer, choices, nearest):
     assert scoring.nearest_text(answer, choices) == nearest
 
 
-def test_is_correct():
+def test_are_right():
     questions = [Question("?", ["red", "blue"], "red"), Question("?", ["yes", "no"], "no"),
                  Question("?", ["one", "two"], "two"), Question("?", ["left", "right"], "left")]
     match = scoring.answer_matcher("text", "cpu")
 
     def right(*answers) -> list[bool]:
-        return scoring.is_correct(list(answers), questions, match)
+        return scoring.are_right(scoring.meanings(answers, questions, match), questions)
 
     assert right("red", "no", "2", "left") == [True] * 4
     assert right("a red one", "yes", "one", "right") == [True, False, False, False]

@@ -795,8 +795,8 @@ def test_evaluation(world, trained, monkeypatch):
             assert picture.size == (64, 64)
             return ["left"] * len(questions)
 
-        def is_correct(self, answers, questions):
-            return [a == q.answer for a, q in zip(answers, questions)]
+        def meanings(self, answers, questions):
+            return answers
 
         def all_correct(self, picture, record, correct):
             return all(correct)

@@ -359,7 +359,7 @@ def test_faults_are_those_of_the_drawn_codes(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load", lambda name: SimpleNamespace(decode_image=decode_image))
     rows = []
     for i in range(3):
-        row = EvalRecord(str(i), "", "a big red ring", [], "", 0.5, [], [], [], [], i == 2)
+        row = EvalRecord(str(i), "", "a big red ring", [], "", 0.5, *[[]] * 6, i == 2)
         rows.append((row, {"codes": torch.tensor([i])}))
     write_table(tmp_path / "answers.jsonl", rows)
     found = loop.faults_of("a model", list(read_jsonl(tmp_path / "answers.jsonl", EvalRecord)))

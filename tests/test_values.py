@@ -17,7 +17,7 @@ from hermesflow.questions import parse_questions
 from hermesflow.records import Question, Sample, check_question
 from hermesflow.sampling import maskgit_decode, sample_tokens
 from hermesflow.options import ImageSampling
-from hermesflow.scoring import NOTHING, answer_matcher, is_correct, meanings, nearest_text
+from hermesflow.scoring import NOTHING, answer_matcher, are_right, meanings, nearest_text
 from model import TextBatch
 from tiny import tiny_model
 
@@ -48,7 +48,7 @@ def test_an_answer_that_means_nothing_is_wrong():
     questions = [Question("what color?", ["red", "blue"], "red"), Question("?", ["1", "2"], "1")]
     match = answer_matcher("text", "cpu")
     for answers, right in ((["", "12"], [False, False]), (["red", "one"], [True, True])):
-        assert is_correct(answers, questions, match) == right
+        assert are_right(meanings(answers, questions, match), questions) == right
     assert meanings(["zzz", "2"], questions, match) == [NOTHING, "2"]
 
 

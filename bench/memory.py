@@ -5,7 +5,8 @@
 One Pair-DPO micro-batch goes through the stage's own packing and network, on tensors that have
 shapes and no contents. Activations are the tensors that autograd saves, each counted once.
 Parameters, gradients and AdamW's two moments are float32 in all settings: autocast casts a copy of
-the weights at every step.
+the weights at every step. With adapters, the frozen matrices are bfloat16 under --precision bf16; the
+activations are at most those of full training.
 """
 
 import sys
@@ -58,6 +59,19 @@ def without_data(p: Pack, fake: FakeTensorMode) -> Pack:
     return p._replace(ids=fake.from_tensor(p.ids), positions=fake.from_tensor(p.positions))
 
 
+def with_adapters(net: Showo, rank: int) -> tuple[int, int]:
+    """Bytes of all weights under --lora and --precision bf16, and how many numbers are trained."""
+    size = sum(4 * p.numel() for p in net.parameters())
+    trained = 0
+    for module in net.modules():
+        if isinstance(module, torch.nn.Linear):
+            size -= sum(2 * p.numel() for p in module.parameters())  # 2 bytes instead of 4
+    for module in net.showo.model.modules():  # the head has no adapter
+        if isinstance(module, torch.nn.Linear):
+            trained += rank * (module.in_features + module.out_features)
+    return size + 4 * trained, trained
+
+
 def main():
     empty = empty_net("1.3b")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -66,6 +80,11 @@ def main():
     n = sum(p.numel() for p in net.parameters())
     print(f"{n / 1e9:.3f} B parameters: weights {4 * n / 1e9:.1f} GB in float32, "
           f"{2 * n / 1e9:.1f} GB in bfloat16; with gradients and AdamW {16 * n / 1e9:.1f} GB")
+    for rank in (16, 64):
+        size, trained = with_adapters(net, rank)
+        print(f"--lora {rank}: {trained / 1e6:.1f} M trained, weights {size / 1e9:.1f} GB, with "
+              f"gradients and AdamW {(size + 12 * trained) / 1e9:.1f} GB, a state of "
+              f"{12 * trained / 1e9:.2f} GB")
     rows = dpo_rows(net.tokens, [[0] * net.tokens.image_tokens] * 3)
     settings = product((1, 4), ("float32", "bfloat16"), (False, True))
     for size, precision, checkpointing in settings:

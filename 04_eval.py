@@ -26,8 +26,8 @@ import os
 from functools import cache
 from pathlib import Path
 
-from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, VQA, deciding,
-                              judging_models, note_scored_images, scored_images)
+from evals.benchmarks import (CLIP, COMPARED, GENERATION, UNDERSTANDING, VQA, check_subject,
+                              deciding, judging_models, note_scored_images, scored_images)
 from evals.metrics import EvalRecord, evaluate, finished_table
 from evals.official import files_below
 from hermesflow.contents import ROOT
@@ -76,16 +76,11 @@ def parse_args(argv=None):
     add("--batch", type=COUNT, default=4, help="records at a time; does not change results")
     add_dry_run(parser)
     args = parser.parse_args(argv)
-    subject = args.records or args.compare or (args.benchmark and args.data)
-    if not (args.report or (args.out and subject)):
-        parser.error("--report, or --out with --records, --compare, or --benchmark and --data, "
-                     "is needed")
-    if args.benchmark == "tifa" and args.judge == "toy":
-        parser.error("--benchmark tifa needs another --judge: toy answers about toy images alone")
+    check_subject(parser, args)
     args.clip = args.clip or CLIP.get(args.benchmark)
     args.vqa = args.vqa or VQA.get(args.benchmark)
-    for name in ("model", "judge", "caption_scorer", "matcher", "detector"):
-        if not getattr(args, name).strip():
+    for name in ("model", "judge", "caption_scorer", "matcher", "detector", "clip", "vqa"):
+        if not (getattr(args, name) or "unset").strip():
             parser.error(f"--{name.replace('_', '-')} is empty")
     return unless_dry_run(args)
 

@@ -28,7 +28,6 @@ from hermesflow.showo import Pack, Segment, Showo, answer_segment, build_showo, 
 from hermesflow.weights import full_precision, load_checkpoint
 
 IMAGE_TOKENS_AT_ONCE = 4096  # decoded in one forward pass: enough to fill a processor
-PIXELS_AT_ONCE = 2 * 512 * 512  # through the image tokenizer: 0.7 GB each, more is no faster
 
 
 class LogProbs(NamedTuple):
@@ -81,14 +80,13 @@ class Model:
     @torch.inference_mode()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pixels in [-1, 1] -> (B, N) codes."""
-        at_once = max(1, PIXELS_AT_ONCE // pixels[0, 0].numel())
-        return torch.cat([self.vq.encode(p.to(self.device)) for p in pixels.split(at_once)])
+        # one at a time: convolutions of other batches round differently, and of 512 px cost 0.7 GB
+        return torch.cat([self.vq.encode(p.to(self.device)) for p in pixels.split(1)])
 
     @torch.inference_mode()
     def decode_image(self, codes: torch.Tensor) -> torch.Tensor:
         """(B, N) codes -> (B, 3, H, W) pixels, about [-1, 1]."""
-        at_once = max(1, PIXELS_AT_ONCE // self.image_size**2)
-        return torch.cat([self.vq.decode(c.to(self.device)) for c in codes.split(at_once)])
+        return torch.cat([self.vq.decode(c.to(self.device)) for c in codes.split(1)])
 
     def codes_of(self, images: torch.Tensor) -> torch.Tensor:
         return self.encode_image(images) if images.is_floating_point() else images

@@ -31,6 +31,29 @@ NO_MODELS = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher
 COMPARED = (*DRAWING, *MODELS[None], "max_new_tokens", "dtype", "records")  # as --compare wants
 
 
+# what 04_eval.py does, and the options that belong to it alone
+SUBJECTS = {"records": ("questions", "image_folder", "skip", "limit"),
+            "benchmark": ("data", "clip", "vqa"), "compare": ("across",), "report": ()}
+
+
+def check_subject(parser, args) -> None:
+    """Refuse options that say two things, or nothing."""
+    named = [f"--{subject}" for subject in SUBJECTS if getattr(args, subject)]
+    if len(named) != 1:
+        said = " and ".join(named) or "nothing"
+        parser.error(f"one of --{', --'.join(SUBJECTS)} is needed, not {said}")
+    for subject, options in SUBJECTS.items():
+        for option in options:
+            if getattr(args, option) and not getattr(args, subject):
+                parser.error(f"--{option.replace('_', '-')} goes with --{subject}")
+    if args.benchmark and not args.data:
+        parser.error("--benchmark needs --data, the folder of its official files")
+    if not args.report and not args.out:
+        parser.error(f"{named[0]} needs --out")
+    if args.benchmark == "tifa" and args.judge == "toy":
+        parser.error("--benchmark tifa needs another --judge: toy answers about toy images alone")
+
+
 def deciding(benchmark: str | None) -> set[str]:
     """The options that change the results, besides the evaluated model."""
     options = {"benchmark", "dtype", *MODELS.get(benchmark, ())}

@@ -55,8 +55,8 @@ def plain_cosine(cosines) -> np.ndarray:
 
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     """Means over the records."""
+    clip = Clip(names.clip, device)  # first: a wrong one is said before anything is drawn
     drawn = draw_records(data, out, draw)
-    clip = Clip(names.clip, device)
     without_prefix = []
     with_prefix = []
     for record, file in tqdm(drawn, desc="CLIP"):

@@ -10,8 +10,6 @@ approximated the judge: mPLUG-large has no transformers port; the scores of anot
     python 04_eval.py --benchmark dpg --data DPG --model toy/base --out runs/dpg
 """
 
-import csv
-import io
 import json
 import re
 from collections import defaultdict
@@ -22,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evals.judges import ModelJudge, ModelNames
-from evals.official import expected, get, percent, read_picture, require
-from hermesflow.files import InputError, read_text, write_text
+from evals.official import get, percent, read_picture, read_table, require
+from hermesflow.files import read_text, write_text
 from hermesflow.pictures import save_picture
 from hermesflow.records import check_id
 
@@ -42,16 +40,8 @@ class DpgQuestion:
 
 def read(path) -> list[DpgQuestion]:
     """Every row of dpg_bench.csv."""
-    what = "dpg_bench.csv of TencentQQGYLab/ELLA (dpg_bench)"
-    reader = csv.DictReader(io.StringIO(read_text(expected(path, what))))
-    questions = []
-    try:
-        for row in reader:
-            questions.append(parse_row(row, f"{path}: line {reader.line_num}"))
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: not CSV ({error})") from None
-    require(questions, path, f"no rows; expected here: {what}")
-    return questions
+    rows = read_table(path, "dpg_bench.csv of TencentQQGYLab/ELLA (dpg_bench)")
+    return [parse_row(row, where) for where, row in rows]
 
 
 def parse_row(row: dict, where: str) -> DpgQuestion:
@@ -149,7 +139,9 @@ def draw_grids(data: Path, out: Path, draw, grids: dict[str, Path]) -> None:
             crops[item] = [out / "crops" / item / f"{k}.png" for k in range(4)]
     wanted = []
     for item, files in crops.items():
-        text = read_text(data / "prompts" / f"{item}.txt").strip()
+        prompt = data / "prompts" / f"{item}.txt"
+        text = read_text(prompt).strip()
+        require(text, prompt, "is empty; expected here: the text to draw")
         wanted.append((item, text, files))
     draw(wanted)
     for item, files in crops.items():
@@ -172,13 +164,14 @@ def split_grid(file: Path) -> list[Image.Image]:
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     """Both scores, each with the items that have none."""
     questions = read(data / "dpg_bench.csv")
+    judge = ModelJudge(names.vqa, None, device)
+    require(judge.is_vqa, names.vqa, "DPG-Bench needs a VQA model (plain questions), such as BLIP")
     by_item = defaultdict(list)
     for q in questions:
         by_item[q.item].append(q)
     grids = {item: out / "images" / f"{item}.png" for item in by_item}
     draw_grids(data, out, draw, grids)
 
-    judge = ModelJudge(names.vqa, None, device)
     answers = defaultdict(list)
     for item, file in tqdm(grids.items(), desc="ask"):
         for crop in split_grid(file):

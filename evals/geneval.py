@@ -33,7 +33,7 @@ def read(path) -> list[dict]:
     """The 553 records of evaluation_metadata.jsonl, as they are."""
     lines = read_json_lines(path, "evaluation_metadata.jsonl of djghosh13/geneval (prompts)")
     for where, record in lines:
-        get(record, "prompt", str, where)
+        require(get(record, "prompt", str, where).strip(), where, "field 'prompt' is empty")
         tag = get(record, "tag", str, where)
         require(tag in TAGS, where, f"field 'tag' is {tag!r}")
         check_clauses(get(record, "include", list[dict], where), f"{where}: field 'include'")
@@ -174,8 +174,8 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     for i, prompt in enumerate(prompts):
         files = [out / "images" / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(4)]
         wanted.append((f"{i:05d}", prompt["prompt"], files))
-    draw(wanted)
     detector = Detector(names.detector, names.clip, classes, device)
+    draw(wanted)
     results = []
     lines = []
     for prompt, (index, _, files) in zip(tqdm(prompts, desc="detect"), wanted):

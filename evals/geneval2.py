@@ -48,14 +48,17 @@ def read(path) -> list[Prompt]:
         pairs = get(record, "vqa_list", list[list[str]], where)
         require(pairs and all(len(pair) == 2 for pair in pairs), where,
                 "field 'vqa_list' should be pairs of a question and an answer")
+        require(all(text.strip() for pair in pairs for text in pair), where,
+                "field 'vqa_list': a question or an answer is empty")
         skills = get(record, "skills", list[str], where)
         require(len(skills) == len(pairs), where,
                 f"field 'skills' has {len(skills)} entries for {len(pairs)} questions")
         unknown = [skill for skill in skills if skill not in SKILLS]
         require(not unknown, where, f"field 'skills': {unknown[:1]} is none of {', '.join(SKILLS)}")
-        prompts.append(Prompt(get(record, "prompt", str, where),
-                              get(record, "atom_count", int, where),
-                              [tuple(pair) for pair in pairs], skills))
+        prompt = get(record, "prompt", str, where)
+        require(prompt.strip(), where, "field 'prompt' is empty")
+        atom_count = get(record, "atom_count", int, where)
+        prompts.append(Prompt(prompt, atom_count, [tuple(pair) for pair in pairs], skills))
     return prompts
 
 
@@ -114,11 +117,11 @@ def score(prompts: list[Prompt], scores: list[list[float]]) -> dict:
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     """The scores, and the judge that gave them."""
     prompts = read(data / "geneval2_data.jsonl")
+    judge = ModelJudge(names.vqa, None, device)
+    require(not judge.is_vqa, names.vqa, "GenEval 2 needs an image-text-to-text model (by chat)")
     files = [out / "images" / f"{i:05d}.png" for i in range(len(prompts))]
     draw([(file.stem, p.prompt, [file]) for p, file in zip(prompts, files)])
 
-    judge = ModelJudge(names.vqa, None, device)
-    require(not judge.is_vqa, names.vqa, "GenEval 2 needs an image-text-to-text model (by chat)")
     scores = []
     for p, file in zip(tqdm(prompts, desc="ask"), files):
         picture = read_picture(file, upright=True)

@@ -17,20 +17,19 @@ import binascii
 import csv
 import io
 import string
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from evals.letters import letter_prompt, parse_letter
-from evals.official import expected, get, only, percent, require
-from hermesflow.files import InputError, atomic, read_text, reason, write_text
+from evals.official import PREDICTIONS_ONLY, get, note_id, only, percent, read_table, require
+from hermesflow.files import InputError, atomic, reason, write_text
 from hermesflow.runs import processes
 
 WRITES = ("images", "mmbench_predictions.tsv")
+FILE = "a .tsv of MMBench, such as mmbench_dev_20230712.tsv"
 STEP = 1_000_000  # between the indices of a question's rotations
 # what pandas, with which the official code reads the file, takes for an empty field
 EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
@@ -58,38 +57,25 @@ def read(path) -> tuple[list[Question], dict[int, bytes]]:
     questions = []
     owners = {}  # image -> index of the first row with it
     holders = {}  # index of a row with an image -> that index
-    for where, row in rows(path):
+    known = set()
+    for where, row in read_table(path, FILE, delimiter="\t"):
+        require(None not in row, where, "more fields than the first line has names")
         index = get(row, "index", str, where)
         require(index.isdecimal(), where, f"field 'index' is {index!r}, not a whole number")
+        note_id(known, int(index), where, "index")
         image = get(row, "image", str, where)
         if len(image) > IMAGE_LENGTH:
-            require(int(index) not in holders, where, f"field 'index': {index} occurs twice")
             holders[int(index)] = owners.setdefault(decode(image, where), int(index))
             row["image"] = index
         questions.append(parse_row(row, where))
+    has_answers = any(q.answer for q in questions)
     for q in questions:
         require(q.image in holders, path,
                 f"index {q.index}: field 'image': row {q.image} has none, or is not there")
+        require(q.answer or not has_answers, path,
+                f"index {q.index}: field 'answer' is empty, and in other rows it is not")
         q.image = holders[q.image]
     return questions, {index: image for image, index in owners.items()}
-
-
-def rows(path) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row; fields are long."""
-    what = "a .tsv of MMBench, such as mmbench_dev_20230712.tsv"
-    reader = csv.DictReader(io.StringIO(read_text(expected(path, what))), delimiter="\t")
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
-            require(None not in row, where, "more fields than the first line has names")
-            yield where, row
-    except csv.Error as error:
-        message = f"{path}: line {reader.line_num}: not tab-separated values ({error})"
-        raise InputError(message) from None
-    finally:
-        csv.field_size_limit(limit)
-    require(reader.line_num > 1, path, f"no rows; expected here: {what}")
 
 
 def decode(text: str, where: str) -> bytes:
@@ -110,9 +96,13 @@ def parse_row(row: dict, where: str) -> Question:
 
     letters = [name for name in row if name in list(string.ascii_uppercase)]
     options = {letter: field(letter) for letter in letters if field(letter)}
-    require(len(options) > 1, where, "fewer than two options (fields 'A', 'B', …)")
+    # an option that says "None" is missing in the official program, too
+    missing = [row[letter] for letter in letters if row[letter] and letter not in options]
+    why = f"; {missing[0]!r} counts as missing, as pandas reads it officially" if missing else ""
+    require(len(options) > 1, where, f"fewer than two options (fields 'A', 'B', …){why}")
     answer = field("answer")
-    require(answer in ("", *options), where, f"field 'answer' is {answer!r}, which is no option")
+    require(answer in ("", *options), where,
+            f"field 'answer' is {answer!r}, which is no option{why}")
     image = row["image"]
     require(image.isdecimal(), where, f"field 'image' is {image!r}: neither an image nor an index")
     return Question(int(row["index"]), get(row, "question", str, where), field("hint"), options,
@@ -189,11 +179,11 @@ def write_images(images: dict[int, bytes], files: dict[int, Path]) -> None:
 
 
 def run(data: Path, out: Path, ask) -> dict:
-    """Accuracies in percent; of a test split, whose answers are not public, nothing."""
+    """Accuracies in percent; of a test split, whose answers are not public, predictions alone."""
     questions, images = read(only(data, "*.tsv"))
     questions = with_rotations(questions)
     files = {index: out / "images" / f"{index}.jpg" for index in images}
     write_images(images, files)
     answers = ask([(files[q.image], prompt(q)) for q in questions])
     write(out / "mmbench_predictions.tsv", questions, answers)
-    return score(questions, answers) if all(q.answer for q in questions) else {}
+    return score(questions, answers) if questions[0].answer else PREDICTIONS_ONLY

@@ -4,12 +4,15 @@ Wrong or missing files raise InputError, which names the file, the line or recor
 the official file that belongs there.
 """
 
+import csv
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from hermesflow.contents import Item
 from hermesflow.files import (InputError, parse_json, read_object, read_text, reason,
@@ -18,6 +21,8 @@ from hermesflow.records import parse_value
 
 # LLaVA's wording, for POPE, MME, VQAv2 and GQA
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+PREDICTIONS_ONLY = {"answers": "none in DATA: predictions only"}  # metrics of a test split
 
 TEXTS_AND_WEIGHTS = (".json", ".jsonl", ".csv", ".txt", ".npz", ".pth")
 MANY = 10_000  # files, at which hashing the images would take longer than a rerun may
@@ -38,7 +43,8 @@ def expected(path, what: str) -> Path:
 def only(folder: Path, pattern: str) -> Path:
     """The one file of a folder that matches a glob pattern."""
     files = sorted(folder.glob(pattern))
-    require(len(files) == 1, folder, f"expected one file {pattern}, found {len(files)}")
+    names = f": {', '.join(file.name for file in files[:5])}" if files else ""
+    require(len(files) == 1, folder, f"expected one file {pattern}, found {len(files)}{names}")
     return files[0]
 
 
@@ -64,6 +70,22 @@ def read_json_lines(path, what: str) -> list[tuple[str, dict]]:
     return records
 
 
+def read_table(path, what: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+    """(where, row) of every row below the first of an official table; fields may be long."""
+    reader = csv.DictReader(io.StringIO(read_text(expected(path, what))), delimiter=delimiter)
+    limit = csv.field_size_limit(sys.maxsize)
+    where = ""
+    try:
+        for row in reader:  # blank lines are skipped
+            where = f"{path}: line {reader.line_num}"
+            yield where, row
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not a table ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    require(where, path, f"no rows; expected here: {what}")
+
+
 def require_object(record, where: str) -> None:
     actual = type(record).__name__
     require(isinstance(record, dict), where, f"expected an object, found {actual}")
@@ -76,6 +98,12 @@ def get(record: dict, name: str, kind, where: str):
     return parse_value(kind, record[name], f"{where}: field '{name}'")
 
 
+def note_id(known: set, id, where: str, name: str) -> None:
+    """Add the id of a record to those before it. Raises InputError if it is one of them."""
+    require(id not in known, where, f"field '{name}': {id!r} occurs twice")
+    known.add(id)
+
+
 def percent(values) -> float:
     """Mean of shares, in percent."""
     return 100 * sum(values) / len(values)
@@ -83,11 +111,13 @@ def percent(values) -> float:
 
 def read_picture(path, upright: bool = False) -> Image.Image:
     """An image file in RGB; upright: turned as its EXIF says. Raises InputError if it is none."""
+    from hermesflow import pictures  # here: it imports torch
+
     try:
         require_regular(path)
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image) if upright else image
-            return image.convert("RGB")
+            image = pictures.upright(image) if upright else image
+            return pictures.eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, …
         raise InputError(f"{path}: cannot read image: {reason(error)}") from None
 

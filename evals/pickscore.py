@@ -52,8 +52,8 @@ def pick_score(cosine: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
 
 def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
     """The mean over the records."""
-    drawn = draw_records(data, out, draw)
     model = PickScore(names.clip, device)
+    drawn = draw_records(data, out, draw)
     scores = {}
     for record, file in tqdm(drawn, desc="PickScore"):
         with about(f"id {record.id!r}"):

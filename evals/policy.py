@@ -4,12 +4,14 @@ Both are resumable, and several processes share the work; only the main process 
 and write.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from evals.official import require
 from hermesflow.files import remove
 from hermesflow.inputs import read_records
 from hermesflow.options import ImageSampling
@@ -49,12 +51,22 @@ def asker(model, out: Path, batch: int, label: str, max_new_tokens: int):
         return [{"id": q.id, "answer": a} for q, a in zip(chunk, answers)]
 
     def ask(prompts: list[tuple]) -> list[str]:
+        require_images([file for file, _ in prompts], label)
         questions = [ImageQuestion(str(n), str(f), p) for n, (f, p) in enumerate(prompts)]
         results = map_records(answer, questions, out, batch, label)
         leave_to_the_main_process()
         return [r["answer"] for r in results]
 
     return ask
+
+
+def require_images(files: list, label: str) -> None:
+    """Raises InputError about the first image that is not there, before any is asked about."""
+    files = list(dict.fromkeys(map(str, files)))
+    missing = [file for file in files if not os.path.exists(file)]
+    if missing:
+        number = f"{len(missing)} of {len(files)} are missing"
+        require(False, missing[0], f"not found; expected here: an image of {label} ({number})")
 
 
 def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageSampling):
@@ -81,6 +93,7 @@ def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageS
     def draw(wanted: list[tuple]) -> None:
         missing = []
         for id, text, files in wanted:
+            require(text.strip(), files[0], f"the text to draw here is empty ({label}, id {id!r})")
             if not all(f.exists() for f in files):
                 missing.append(ImageFiles(id, text, files))
         if missing:

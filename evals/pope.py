@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.official import SHORT_ANSWER, read_json_lines, require
+from evals.official import SHORT_ANSWER, note_id, read_json_lines, require
 from hermesflow.files import write_text
 from hermesflow.records import parse_record
 
@@ -37,8 +37,10 @@ def read(folder) -> dict[str, list[Question]]:
         name = f"coco_pope_{split}.json"
         lines = read_json_lines(Path(folder) / name, f"{name} of RUCAIBox/POPE (output/coco)")
         splits[split] = []
+        known = set()
         for where, record in lines:
             question = parse_record(Question, record, where)
+            note_id(known, question.question_id, where, "question_id")
             label = question.label
             require(label in ("yes", "no"), where,
                     f"field 'label' should be yes or no, found {label!r}")

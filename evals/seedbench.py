@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.letters import letter_prompt, parse_letter
-from evals.official import get, percent, read_json, require
+from evals.official import get, note_id, percent, read_json, require
 from hermesflow.files import write_text
 from hermesflow.records import parse_record
 
@@ -48,14 +48,17 @@ class Question:
 def read(path) -> list[Question]:
     """The questions about images."""
     data = read_json(path, "SEED-Bench.json of AILab-CVC/SEED-Bench", dict)
-    names = {number: name for name, number in get(data, "question_type", dict, str(path)).items()}
+    types = get(data, "question_type", dict, str(path))
+    names = {get(types, name, int, f"{path}: field 'question_type'"): name for name in types}
     questions = []
+    known = set()
     for n, record in enumerate(get(data, "questions", list[dict], str(path)), 1):
         where = f"{path}: question {n}"
         kind = get(record, "data_type", str, where)
         require(kind in ("image", "video"), where, f"field 'data_type' is {kind!r}")
         if kind == "image":
             question = parse_record(Question, record, where)
+            note_id(known, question.question_id, where, "question_id")
             require(question.answer in tuple(LETTERS), where,
                     f"field 'answer' is {question.answer!r}")
             number = question.question_type_id

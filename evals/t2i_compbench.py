@@ -187,9 +187,9 @@ def run(data: Path, out: Path, draw, device, names: ModelNames) -> dict:
         scored = [c for c in cases if c.questions is not None]
         require(scored, data / f"{name}_val.txt", "no prompt whose noun phrases are known")
         wanted += [(f"{name} {i}", c.prompt, c.files) for i, c in enumerate(cases)]
+    blip = BlipVqa(names.vqa, device)
     draw(wanted)
 
-    blip = BlipVqa(names.vqa, device)
     metrics = {"model": f"{names.vqa} (the official one sees 480 pixels)"}
     for name, cases in categories.items():
         results = results_of(blip, cases, name)

@@ -36,11 +36,15 @@ class TifaQuestion:
 
 def read(path) -> list[TifaQuestion]:
     questions = []
+    captions = {}  # by id
     for n, record in enumerate(read_json(path, f"{FILE} of Yushi-Hu/tifa", list), 1):
         where = f"{path}: record {n}"
         question = parse_record(TifaQuestion, record, where)
         require(question.choices, where, "field 'choices' is empty")
         check_id(question.id, set(), where)
+        require(question.caption.strip(), where, "field 'caption' is empty")
+        same = captions.setdefault(question.id, question.caption) == question.caption
+        require(same, where, f"field 'caption': another one of id {question.id!r} stands above")
         questions.append(question)
     return questions
 

@@ -16,9 +16,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.official import SHORT_ANSWER, get, only, percent, read_json, require
+from evals.official import (PREDICTIONS_ONLY, SHORT_ANSWER, get, note_id, only, percent,
+                            read_json, require)
 from hermesflow.files import write_text
-from hermesflow.scoring import DIGITS
 
 WRITES = ("vqa_results.json",)
 RAW = "overall of raw answers"
@@ -34,20 +34,25 @@ class Question:
 
 
 def read(questions, annotations=None) -> list[Question]:
-    """The questions file, with the annotations file where the answers are public."""
+    """The questions, with the answers of a file, or of a folder's file of their split."""
     what = "v2_OpenEnded_mscoco_*_questions.json of visualqa.org"
     data = read_json(questions, what, dict)
+    subset = get(data, "data_subtype", str, str(questions))
     # test-dev is a part of test, and its images are named after that
-    subset = get(data, "data_subtype", str, str(questions)).replace("test-dev", "test")
+    images = f"COCO_{subset.replace('test-dev', 'test')}"
     records = []
+    ids = set()
     for n, record in enumerate(get(data, "questions", list[dict], str(questions)), 1):
         where = f"{questions}: question {n}"
         image_id = get(record, "image_id", int, where)
         question_id = get(record, "question_id", int, where)
+        note_id(ids, question_id, where, "question_id")
         text = get(record, "question", str, where)
-        records.append(Question(question_id, f"COCO_{subset}_{image_id:012d}.jpg", text, []))
+        records.append(Question(question_id, f"{images}_{image_id:012d}.jpg", text, []))
     require(records, questions, f"no questions; expected here: {what}")
 
+    if annotations is not None and Path(annotations).is_dir():
+        annotations = annotations_of(subset, Path(annotations))
     if annotations is not None:
         known = read_annotations(annotations)
         for q in records:
@@ -55,6 +60,17 @@ def read(questions, annotations=None) -> list[Question]:
                     f"no annotation for question_id {q.question_id} of {questions}")
             q.answers, q.answer_type = known[q.question_id]
     return records
+
+
+def annotations_of(subset: str, folder: Path) -> Path | None:
+    """The annotations file of the questions' split; None if there is none, and a test has none."""
+    own = folder / f"v2_mscoco_{subset}_annotations.json"
+    found = sorted(file.name for file in folder.glob("v2_mscoco_*_annotations.json"))
+    if own.name in found:
+        return own
+    require(not found or subset.startswith("test"), own,
+            f"not found; expected here: the answers; found {len(found)}: {', '.join(found)}")
+    return None
 
 
 def read_annotations(path) -> dict[int, tuple[list[str], str]]:
@@ -67,7 +83,9 @@ def read_annotations(path) -> dict[int, tuple[list[str], str]]:
         answers = [get(a, "answer", str, f"{where}: field 'answers'") for a in given]
         require(answers, where, "field 'answers' is empty")
         answer_type = get(record, "answer_type", str, where)
-        known[get(record, "question_id", int, where)] = (answers, answer_type)
+        question_id = get(record, "question_id", int, where)
+        require(question_id not in known, where, f"field 'question_id': {question_id} occurs twice")
+        known[question_id] = (answers, answer_type)
     return known
 
 
@@ -75,7 +93,8 @@ def prompt(question: Question) -> str:
     return question.question + SHORT_ANSWER
 
 
-NUMBERS = {"none": "0"} | DIGITS
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+           "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -172,12 +191,10 @@ def write(path, questions: list[Question], answers: list[str]) -> None:
 
 
 def run(data: Path, out: Path, ask) -> dict:
-    """Accuracies; of a test split nothing, as its answers are not public."""
-    annotations = sorted(data.glob("v2_mscoco_*_annotations.json"))
-    questions = read(only(data, "v2_OpenEnded_mscoco_*_questions.json"),
-                     annotations[0] if annotations else None)
+    """Accuracies; of a test split, whose answers are not public, predictions alone."""
+    questions = read(only(data, "v2_OpenEnded_mscoco_*_questions.json"), data)
     answers = ask([(data / "images" / q.image, prompt(q)) for q in questions])
     write(out / "vqa_results.json", questions, answers)
     if not questions[0].answers:
-        return {}
+        return PREDICTIONS_ONLY
     return score(questions, answers) | {RAW: raw_score(questions, answers)}

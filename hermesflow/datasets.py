@@ -258,6 +258,8 @@ def array_rows(path) -> list[tuple]:
         value = objects_of(text)
         if not value:
             raise
+    if isinstance(value, dict):  # one of them, without a comma
+        value = [value]
     if not isinstance(value, list):
         raise InputError(f"{path}: expected an array of records, found {type(value).__name__}")
     return [(f"{path}: record {n}", v, n) for n, v in enumerate(value, 1)]

@@ -69,7 +69,7 @@ GUIDANCE = number(0, 1000)  # more is the same choice, until it overflows
 
 
 def folder(text: str) -> Path:
-    """A path to write to; an unset variable of a shell is no folder."""
+    """A path; an unset variable of a shell is none."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
@@ -150,11 +150,11 @@ def unless_dry_run(args):
 
 def add_record_options(group, questions: bool = True) -> None:
     add = group.add_argument
-    add("--records", type=Path,
+    add("--records", type=folder,
         help="our JSONL, the original's initial_data.json, annotations of JourneyDB or COCO, or a "
              "folder with metadata.csv or metadata.jsonl")
     if questions:
-        add("--questions", type=Path,
+        add("--questions", type=folder,
             help="questions.jsonl of hermesflow.questions, or the original's vqa_data.json: "
                  "joined to the records by id")
     add("--image-folder", help="where relative names of images are looked up [beside the records]")

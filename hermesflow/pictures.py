@@ -51,13 +51,19 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB as a viewer shows it: 16 bits scaled, a colour profile converted to sRGB."""
+def eight_bits(image: Image.Image) -> Image.Image:
+    """With numbers of 16 bits scaled. Raises InputError on those of 32."""
     if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG":
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode in ("I", "F"):
         message = f"a picture of 32-bit numbers (mode {image.mode}) has no known range"
         raise InputError(f"{message}; save it with 8 or 16 bits")
+    return image
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as a viewer shows it: a colour profile is converted to sRGB."""
+    image = eight_bits(image)
     try:
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]

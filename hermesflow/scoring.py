@@ -21,13 +21,16 @@ from hermesflow.sampling import TextRequest
 
 # --------------------------------------------------------------------------------- text similarity
 
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen nineteen twenty").split()
 DIGITS = {word: str(n) for n, word in enumerate(NUMBERS)}
+# a number whole, with its sign and what is inside it (1.5, 1,000, 1/2, 10:30), or a word
+WORD = re.compile(r"(?<!\w)-\d+(?:[.,/:]\d+)*|(?<!\w)\d+(?:[.,/:]\d+)+(?!\w)|\w+")
 
 
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation, number words as digits."""
-    return [DIGITS.get(w, w) for w in re.findall(r"\w+", text.lower())]
+    return [DIGITS.get(w, w) for w in WORD.findall(text.lower().replace("−", "-"))]
 
 
 def f1(ours: list, theirs: list) -> float:

@@ -30,7 +30,7 @@ from hermesflow.pictures import load_image, to_pil
 from hermesflow.sampling import stable_seed
 from hermesflow.scoring import nearest_text
 from model import ImageSampling, Model, TextRequest, load, save
-from test_judges import save_blip
+from test_judges import TEMPLATE, save_blip, save_llava
 from tiny import tiny_model
 
 evaluation = stage("04_eval")
@@ -158,7 +158,7 @@ def vqav2_case(data, answer, subset="val2014", public=True):
             {"question_id": q["question_id"], "answer": vqav2.normalise(a)}
             for q, a in zip(questions, answers)]
         if not public:
-            return {}
+            return {"answers": "none in DATA: predictions only"}
         known = [vqav2.Question(0, "", "", t, k) for t, k in zip(truths, kinds)]
         raw = {"overall of raw answers": vqav2.raw_score(known, answers)}
         return vqav2.score(known, answers) | raw
@@ -350,7 +350,8 @@ def test_missing_images(understood, base, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     for gone in sorted(p for p in tmp_path.rglob("*") if p.suffix in (".jpg", ".png")):
         gone.unlink()
-    with pytest.raises(InputError, match=r"\.(jpg|png): "):
+    asked = f"not found; expected here: (the image|an image of {name} .* are missing)"
+    with pytest.raises(InputError, match=rf"\.(jpg|png): {asked}"):
         run(base, name, tmp_path / "data", tmp_path / "out")
 
 
@@ -745,15 +746,35 @@ def test_dpg(base, tmp_path, monkeypatch):
     assert metrics["official-bug-compatible"]["failed_count"] == 1
 
 
+def small_dpg(data, prompt="a ring") -> None:
+    put(data / "prompts" / "7.txt", prompt)
+    put(data / "dpg_bench.csv",
+        "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+        "7,1,0,entity - whole (ring),is it?\n")
+
+
+def test_dpg_needs_a_vqa_model(tmp_path):
+    """Said before anything is drawn: a call of `draw` would fail."""
+    save_llava(tmp_path / "llava", TEMPLATE)
+    small_dpg(tmp_path)
+    names = judges.ModelNames("", None, str(tmp_path / "llava"))
+    with pytest.raises(InputError, match=r"llava: DPG-Bench needs a VQA model"):
+        dpg.run(tmp_path, tmp_path / "out", None, "cpu", names)
+
+
+def test_dpg_blank_prompt(base, tmp_path):
+    save_blip(tmp_path / "blip")
+    small_dpg(tmp_path / "data", prompt=" \n")
+    with pytest.raises(InputError, match=r"prompts/7.txt: is empty"):
+        run(base, "dpg", tmp_path / "data", tmp_path / "out", *DRAWING, "--vqa", tmp_path / "blip")
+
+
 @pytest.mark.parametrize("name", ["dpg_bench.csv", "prompts/7.txt"])
 def test_dpg_missing_files(base, tmp_path, name):
     data = tmp_path / "data"
     blip = tmp_path / "blip"
     save_blip(blip)
-    put(data / "prompts" / "7.txt", "a ring")
-    put(data / "dpg_bench.csv",
-        "item_id,proposition_id,dependency,tuple,question_natural_language\n"
-        "7,1,0,entity - whole (ring),is it?\n")
+    small_dpg(data)
     (data / name).unlink()
     with pytest.raises(InputError, match=name):
         run(base, "dpg", data, tmp_path / "out", *DRAWING, "--vqa", blip)

@@ -345,8 +345,9 @@ def test_mmmu(tmp_path):
     guesses = mmmu.predictions(questions[2:3] * 50, [""] * 50)
     assert guesses == mmmu.predictions(questions[2:3] * 50, [""] * 50)
     assert len(set(guesses)) == 6
-    with pytest.raises(InputError, match="no question has a public answer"):
-        mmmu.score(questions[3:], predicted[3:])
+    assert mmmu.score(questions[3:], predicted[3:]) == {
+        "answers": "none in DATA: predictions only"
+    }
 
 
 @pytest.mark.parametrize(
@@ -623,6 +624,27 @@ def test_vqa_files(tmp_path):
     assert written == [{"question_id": 420, "answer": "cat"}]
 
 
+def test_vqa_annotations_of_the_questions_split(tmp_path):
+    """The answers of other splits may stand beside them."""
+    questions = save(tmp_path / "q.json", VQA_QUESTIONS)
+    assert vqav2.read(questions, tmp_path)[0].answers == []
+    others = changed(VQA_ANSWERS, "annotations", 0, "answers", [{"answer": "of train"}])
+    save(tmp_path / "v2_mscoco_train2014_annotations.json", others)
+    assert_error(lambda: vqav2.read(questions, tmp_path), "v2_mscoco_val2014_annotations.json",
+                 "found 1: v2_mscoco_train2014_annotations.json")
+    save(tmp_path / "v2_mscoco_val2014_annotations.json", VQA_ANSWERS)
+    assert vqav2.read(questions, tmp_path)[0].answers == ["cat"] * 3 + ["dog"] * 7
+    save(questions, {**VQA_QUESTIONS, "data_subtype": "test2015"})
+    assert vqav2.read(questions, tmp_path)[0].answers == []
+
+
+def test_several_question_files_are_named(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        save_lines(tmp_path / name, mmmu_record())
+    with pytest.raises(InputError, match=r"expected one file \*.jsonl, found 2: a.jsonl, b.jsonl"):
+        mmmu.run(tmp_path, tmp_path, None)
+
+
 def test_vqa_answers_are_normalised():
     """vqaEval.py itself normalises nothing where all people agree."""
     truths = ["yes", "yes", "black"]
@@ -755,6 +777,11 @@ BROKEN = {  # name: (reader, content, what the message must say)
     "vqa no subset": (
         vqav2.read, without(VQA_QUESTIONS, "data_subtype"), ["'data_subtype'", "missing"]
     ),
+    "vqa twice": (
+        vqav2.read,
+        {**VQA_QUESTIONS, "questions": VQA_QUESTIONS["questions"] * 2},
+        ["question 2", "'question_id'", "420 occurs twice"],
+    ),
     "gqa field": (
         gqa.read, changed(GQA_QUESTIONS, "7", "isBalanced", "yes"), ["'7'", "'isBalanced'", "bool"]
     ),
@@ -772,6 +799,12 @@ BROKEN = {  # name: (reader, content, what the message must say)
     ),
     "tifa no choices": (
         tifa.read, changed(TIFA_FILE, 0, "choices", []), ["record 1", "'choices'", "empty"]
+    ),
+    "tifa blank caption": (
+        tifa.read, changed(TIFA_FILE, 0, "caption", " "), ["record 1", "'caption'", "empty"]
+    ),
+    "tifa two captions": (
+        tifa.read, [TIFA_FILE[0], {**TIFA_FILE[0], "caption": "d"}], ["record 2", "'caption'"]
     ),
     "geneval tag": (
         geneval.read, {**GENEVAL_LINE, "tag": "colour"}, ["line 1", "'tag'", "'colour'"]
@@ -797,6 +830,15 @@ BROKEN = {  # name: (reader, content, what the message must say)
     ),
     "mmmu image": (
         mmmu.read, {**mmmu_record(), "image_1": {"bytes": ""}}, ["line 1", "'image_1'", "str"]
+    ),
+    "mmmu letter": (mmmu.read, mmmu_record(answer="C"), ["line 1", "'answer'", "'C'", "option"]),
+    "mmmu empty": (mmmu.read, mmmu_record(options=(), answer=" "), ["line 1", "'answer'", "empty"]),
+    "mmmu empty list": (mmmu.read, mmmu_record(options=(), answer="[]"), ["line 1", "'answer'"]),
+    "mmmu one empty": (
+        mmmu.read, mmmu_record(options=(), answer="['3', '']"), ["line 1", "'answer'", "empty"]
+    ),
+    "mmmu twice": (
+        mmmu.read, "\n".join([json.dumps(mmmu_record())] * 2), ["line 2", "'id'", "occurs twice"]
     ),
     "dpg columns": (dpg.read, "item_id,text\n1,x", ["line 2", "'proposition_id'", "missing"]),
     "dpg number": (
@@ -830,7 +872,8 @@ def test_broken_file(name, tmp_path):
     "line, parts",
     [
         (without(POPE_LINE, "text"), ["'text'", "missing"]),
-        ({**POPE_LINE, "label": "Yes"}, ["'label'", "'Yes'"]),
+        ({**POPE_LINE, "question_id": 2, "label": "Yes"}, ["'label'", "'Yes'"]),
+        (POPE_LINE, ["'question_id'", "1 occurs twice"]),
         ("{", ["not valid JSON"]),
         ("[1]", ["object"]),
     ],
@@ -867,6 +910,8 @@ def test_broken_vqa_annotations(tmp_path):
     ]:
         save(path, changed(VQA_ANSWERS, "annotations", 0, field, value))
         assert_error(lambda: vqav2.read(questions, path), str(path), *parts)
+    save(path, {"annotations": VQA_ANSWERS["annotations"] * 2})
+    assert_error(lambda: vqav2.read(questions, path), "annotation 2", "420 occurs twice")
     with pytest.raises(InputError, match="need the annotations"):
         vqav2.score(vqav2.read(questions), ["cat"])
     with pytest.raises(InputError, match="annotations.json"):

@@ -121,8 +121,7 @@ def test_what_changes_no_result_is_not_compared(base, world, tmp_path, monkeypat
     moved = tmp_path / "moved"
     shutil.copytree(world, moved)
     shutil.copytree(base, tmp_path / "copy")
-    assert evaluate(f"{base}/", moved, out, "--batch", 1, "--clip", "none", "--vqa", "none",
-                    "--detector", "none", "--guidance-interval", 0, 1) == first
+    assert evaluate(f"{base}/", moved, out, "--batch", 1, "--detector", "none", "--guidance-interval", 0, 1) == first
     assert evaluate(tmp_path / "copy", world, out, "--guidance", "1.50") == first
 
 

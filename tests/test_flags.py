@@ -29,7 +29,7 @@ NEVER = ["nan", "inf", "-inf", "1e400", "1e38", "abc", "", " ", "0x10"]  # no nu
 ZERO = {"--seed", "--seeds", "--show", "--skip", "--save-every", "--guidance",
         "--guidance-interval", "--temperature", "--min-image-score", "--beta", "--und", "--gen",
         "--nll-und", "--nll-gen", "--cond-dropout", "--warmup", "--weight-decay",
-        "--grad-norms-every", "--preview-every", "--preview-guidance"}
+        "--grad-norms-every", "--preview-every", "--preview-guidance", "--drawing", "--training"}
 NEGATIVE = {"--min-image-score"}
 
 

@@ -216,7 +216,8 @@ BAD_ORIGINAL = {  # initial_data.json, vqa_data.json -> what the message must na
     "id fraction": ([{"id": 1.5, "img_path": "0.png", "caption": "c"}], [], "'id'"),
     "id boolean": ([{"id": True, "img_path": "0.png", "caption": "c"}], [], "'id'"),
     "no image": ([{"id": 1, "caption": "c"}], [], "'image'"),
-    "questions object": (ONE_RECORD, {}, "vqa_data.json: expected an array"),
+    "questions text": (ONE_RECORD, "why?", "vqa_data.json: expected an array"),
+    "questions empty": (ONE_RECORD, {}, "vqa_data.json: record 1: field 'question'"),
     "question of nobody": (
         ONE_RECORD, [{"id": 2, "question": "q", "choices": ["a"], "answer": "a"}],
         "record 1: field 'id'"),

@@ -50,6 +50,11 @@ def drawing(policy, out, name: str):
     return drawer(policy, out, 4, name, 0, ImageSampling(3, 1.5))
 
 
+def undrawn(wanted) -> None:
+    """A judge that cannot judge is noticed before anything is drawn."""
+    raise AssertionError("drawn")
+
+
 def scored_by(**names) -> ModelNames:
     return ModelNames(**{"detector": "", "clip": None, "vqa": "", **names})
 
@@ -60,6 +65,26 @@ def spoil(folder, kind, parameter: str) -> None:
     with torch.no_grad():
         model.get_parameter(parameter).view(-1)[0] = math.nan
     model.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------- policy
+
+
+def test_blank_texts_are_not_drawn(policy, tmp_path):
+    """Whatever the benchmark, and before anything else is drawn."""
+    wanted = [("a", "a ring", [tmp_path / "a.png"]), ("b", " ", [tmp_path / "b.png"])]
+    with pytest.raises(InputError, match="b.png: the text to draw here is empty .any, id 'b'"):
+        drawing(policy, tmp_path / "out", "any")(wanted)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_missing_images_are_said_at_once(policy, tmp_path):
+    there = photo(tmp_path / "0.png", 0)
+    asked = [(there, "?"), (tmp_path / "1.png", "?"), (tmp_path / "1.png", "!")]
+    message = "1.png: not found; expected here: an image of pope .1 of 2 are missing"
+    with pytest.raises(InputError, match=message):
+        asker(policy, tmp_path / "out", 2, "pope", 6)(asked)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------ letters
@@ -213,7 +238,8 @@ def test_mmbench_test_split(policy, tmp_path):
     """Without public answers: predictions, no scores."""
     put_mmbench(tmp_path / "data", columns=[c for c in COLUMNS if c != "answer"])
     out = tmp_path / "out"
-    assert mmbench.run(tmp_path / "data", out, asker(policy, out, 2, "mmbench", 6)) == {}
+    metrics = mmbench.run(tmp_path / "data", out, asker(policy, out, 2, "mmbench", 6))
+    assert metrics == {"answers": "none in DATA: predictions only"}
     header = (out / "mmbench_predictions.tsv").read_text().split("\n")[0]
     assert "answer" not in header and header.endswith("\tprediction")
 
@@ -226,7 +252,11 @@ BROKEN_ROWS = [
     ({"answer": "C"}, "line 2: field 'answer' is 'C'"),
     ({"index": "x"}, "line 2: field 'index' is 'x'"),
     ({"index": "7"}, "line 3: field 'index': 7 occurs twice"),
-    ({"B": "None"}, "line 2: fewer than two options"),
+    ({"index": "1000005"}, "line 4: field 'index': 1000005 occurs twice"),
+    ({"answer": ""}, "index 5: field 'answer' is empty, and in other rows it is not"),
+    ({"B": ""}, "line 2: fewer than two options .fields 'A', 'B', ….$"),
+    ({"B": "None"}, "line 2: fewer than two options .*; 'None' counts as missing, as pandas"),
+    ({"B": "NA", "C": "cross"}, "'answer' is 'B', which is no option; 'NA' counts as missing"),
 ]
 
 
@@ -243,6 +273,7 @@ def test_mmbench_broken_rows(tmp_path, change, message):
 @pytest.mark.parametrize("text, message", [
     ("", "no rows"),
     ("index\tquestion\n", "no rows"),
+    ("index\tquestion\n\n\n", "no rows"),
     ("question\n?\n", "line 2: field 'index' is missing"),
     ("index\n5\t6\n", "line 2: more fields"),
     ("index\timage\n5\n", "line 2: field 'image' should be str"),
@@ -334,6 +365,16 @@ def test_seedbench_broken_questions(tmp_path, change, message):
         seedbench.read(put_seed(tmp_path, {**SEED, "questions": questions}))
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"question_type": {"a": [1]}}, r"field 'question_type': field 'a' should be int, found \[1\]"),
+    ({"questions": SEED["questions"][:1] * 2},
+     "question 2: field 'question_id': '101669' occurs twice"),
+])
+def test_seedbench_broken_files(tmp_path, change, message):
+    with pytest.raises(InputError, match=f"SEED-Bench.json: {message}"):
+        seedbench.read(put_seed(tmp_path, SEED | change))
+
+
 def test_seedbench_without_images(tmp_path):
     videos = {**SEED, "questions": SEED["questions"][1:2]}
     with pytest.raises(InputError, match="no questions about images"):
@@ -413,6 +454,14 @@ def test_pickscore_takes_the_official_processor(clip, tmp_path, monkeypatch):
     picture = Image.new("RGB", (40, 40), "red")
     scores = [pickscore.PickScore(str(m), "cpu").score(picture, "a red ring") for m in (bare, clip)]
     assert scores[0] == scores[1]
+
+
+def test_pickscore_needs_clip(tmp_path):
+    save_blip(tmp_path / "blip")
+    put_lines(tmp_path / "records.jsonl", RECORDS)
+    with pytest.raises(InputError, match="blip: cannot load as CLIPModel"):
+        pickscore.run(tmp_path / "records.jsonl", tmp_path / "out", undrawn, "cpu",
+                      scored_by(clip=str(tmp_path / "blip")))
 
 
 def test_pickscore_nan(policy, clip, tmp_path):
@@ -519,12 +568,11 @@ def test_geneval2_nan(policy, llava, tmp_path):
                      scored_by(vqa=str(llava)))
 
 
-def test_geneval2_needs_a_chat_model(policy, tmp_path):
+def test_geneval2_needs_a_chat_model(tmp_path):
     save_blip(tmp_path / "blip")
-    out = tmp_path / "out"
     put_geneval2(tmp_path / "data", GENEVAL2[2:])
     with pytest.raises(InputError, match="blip: GenEval 2 needs an image-text-to-text model"):
-        geneval2.run(tmp_path / "data", out, drawing(policy, out, "geneval2"), "cpu",
+        geneval2.run(tmp_path / "data", tmp_path / "out", undrawn, "cpu",
                      scored_by(vqa=str(tmp_path / "blip")))
 
 
@@ -533,6 +581,8 @@ def test_geneval2_needs_a_chat_model(policy, tmp_path):
     ({"skills": ["colour"]}, "field 'skills': .'colour'. is none of object"),
     ({"vqa_list": [["only a question"]]}, "field 'vqa_list' should be pairs"),
     ({"vqa_list": []}, "field 'vqa_list' should be pairs"),
+    ({"vqa_list": [["How many rings?", ""]]}, "field 'vqa_list': a question or an answer is empty"),
+    ({"prompt": "  "}, "field 'prompt' is empty"),
     ({"atom_count": "3"}, "field 'atom_count' should be int"),
 ])
 def test_geneval2_broken_lines(tmp_path, change, message):
@@ -619,8 +669,8 @@ TWO_COLORS = ("red?", "blue?")
 
 
 def t2i_run(policy, data, out, blip):
-    return t2i_compbench.run(data, out, drawing(policy, out, "t2i_compbench"), "cpu",
-                             scored_by(vqa=str(blip)))
+    draw = drawing(policy, out, "t2i_compbench") if policy else undrawn
+    return t2i_compbench.run(data, out, draw, "cpu", scored_by(vqa=str(blip)))
 
 
 def test_t2i_run(policy, blip, tmp_path, monkeypatch):
@@ -694,12 +744,12 @@ def test_t2i_nan(policy, blip, tmp_path):
         t2i_run(policy, data, tmp_path / "out", blip)
 
 
-def test_t2i_needs_blip(policy, clip, tmp_path):
+def test_t2i_needs_blip(clip, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "color_val.txt").write_text("red and blue\n")
     with pytest.raises(InputError, match="clip: BLIP-VQA needs a BLIP model, not clip"):
-        t2i_run(policy, data, tmp_path / "out", clip)
+        t2i_run(None, data, tmp_path / "out", clip)
 
 
 @pytest.mark.parametrize("text, message", [

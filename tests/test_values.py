@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from conftest import stage
+from evals.official import read_picture
 from hermesflow.files import InputError
 from hermesflow.inputs import read_records
 from hermesflow.pictures import load_image
@@ -37,6 +38,9 @@ from tiny import tiny_model
     ("Yes.", ["yes", "no"], "yes"),
     ("it is red", ["blue", "red"], "red"),
     ("the red ring", ["ring", "red ring"], "red ring"),
+    ("-1", ["1", "2"], NOTHING), ("−1", ["1", "-1"], "-1"), ("1.5", ["1", "5"], NOTHING),
+    ("1,000", ["1", "10"], NOTHING), ("1/2", ["1", "2"], NOTHING), ("twelve", ["12", "2"], "12"),
+    ("it is 1.", ["1", "2"], "1"), ("10-12", ["10", "2"], "10"),  # a range names its ends
     ("?", ["!", "?"], "?"),  # a choice without a word matches itself
 ])
 def test_an_answer_means_a_choice_with_its_words_or_nothing(answer, choices, meant):
@@ -245,3 +249,13 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
         Image.new(mode, (16, 16), colour).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
         (tmp_path / "a").write_bytes(buffer.getvalue())
         assert load_image(tmp_path / "a", 16).shape == (3, 16, 16)
+
+
+def test_drawings_of_sixteen_bits_are_scaled(tmp_path):
+    """As benchmarks read them; 32 bits have no range."""
+    levels = np.arange(0, 256, 17, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert (np.asarray(read_picture(tmp_path / "a.png"))[..., 0] == levels).all()
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="32-bit numbers"):
+        read_picture(tmp_path / "a.tif")

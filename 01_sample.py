@@ -67,7 +67,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.records is None and args.prompt is None and args.image is None:
         parser.error("one of --records, --prompt, --image is needed")
-    return unless_dry_run(args)
+    return unless_dry_run(args, **model_inputs(args))
 
 
 def output_of(args) -> Output:

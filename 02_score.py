@@ -47,7 +47,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--batch", type=COUNT, default=1, help="records at a time; does not change results")
     add_dry_run(parser)
-    return unless_dry_run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return unless_dry_run(args, caption_scorer=args.caption_scorer, matcher=args.matcher,
+                          **model_inputs(args))
 
 
 def output_of(args) -> Output:

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add_dry_run(parser)
     args = parser.parse_args(argv)
     check_training(parser, args)
-    return unless_dry_run(args)
+    return unless_dry_run(args, reference=args.reference, **model_inputs(args))
 
 
 def output_of(args) -> Output:

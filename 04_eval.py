@@ -82,7 +82,7 @@ def parse_args(argv=None):
     for name in ("model", "judge", "caption_scorer", "matcher", "detector", "clip", "vqa"):
         if not (getattr(args, name) or "unset").strip():
             parser.error(f"--{name.replace('_', '-')} is empty")
-    return unless_dry_run(args)
+    return unless_dry_run(args, **model_inputs(args), **judging_models(args.benchmark, vars(args)))
 
 
 def output_of(args, writes=("answers.jsonl", "images")) -> Output:

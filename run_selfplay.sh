@@ -42,6 +42,12 @@ for OPTION in "${SAMPLE[@]}" "${SCORE[@]}" "${DPO[@]}" "${EVAL[@]}"; do
       fail "$OPTION is set by the loop, not in SAMPLE, SCORE, DPO or EVAL" ;;
   esac
 done
+for OPTION in "${SAMPLE[@]}" "${EVAL[@]}"; do
+  case ${OPTION%%=*} in
+    --skip | --limit | --questions | --image-folder)
+      fail "$OPTION belongs in TRAIN_PART or HELD_OUT_PART, not in SAMPLE or EVAL" ;;
+  esac
+done
 [[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS is not a whole number from 1 on"
 [[ $SEED =~ ^[0-9]+$ ]] || fail "SEED=$SEED is not a whole number from 0 on"
 [[ $PAIRS == self-play || $PAIRS == fresh ]] || fail "PAIRS=$PAIRS is neither self-play nor fresh"
@@ -55,6 +61,9 @@ done
 PREVIOUS=()  # where the last round's pairs are, for self-play
 TRAIN_RECORDS=(--records "$TRAIN" ${TRAIN_PART[@]+"${TRAIN_PART[@]}"})
 HELD_OUT_RECORDS=(--records "$HELD_OUT" ${HELD_OUT_PART[@]+"${HELD_OUT_PART[@]}"})
+
+[ "${TRAIN_RECORDS[*]}" != "${HELD_OUT_RECORDS[*]}" ] ||
+  fail "TRAIN and HELD_OUT are the same records: HELD_OUT_PART should take others"
 
 ask() {  # ask NAME OPTION…: write questions about the records that have none
   $LAUNCH -m hermesflow.questions --out "$OUT/questions/$1" --question-model "$QUESTION_MODEL" \

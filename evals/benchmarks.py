@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evals.official import files_below
 from hermesflow.contents import content
+from hermesflow.options import BUILT_IN
 from hermesflow.outputs import Output, read_mark, write_mark
 
 # file names in this folder
@@ -26,7 +27,6 @@ DRAWING = ("steps", "guidance", "temperature", "anneal", "guidance_interval", "s
 MODELS = {None: ("judge", "caption_scorer", "matcher"), "tifa": ("judge", "matcher"),
           "geneval": ("detector", "clip"), "dpg": ("vqa",), "clipscore": ("clip",),
           "geneval2": ("vqa",), "t2i_compbench": ("vqa",), "pickscore": ("clip",)}
-NO_MODELS = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher": ("text",)}
 
 COMPARED = (*DRAWING, *MODELS[None], "max_new_tokens", "dtype", "records")  # as --compare wants
 
@@ -67,7 +67,7 @@ def deciding(benchmark: str | None) -> set[str]:
 def judging_models(benchmark: str | None, options: dict) -> dict[str, str]:
     """option -> the model that it names, of those that judge."""
     named = {name: options[name] for name in MODELS.get(benchmark, ())}
-    return {name: value for name, value in named.items() if value not in NO_MODELS.get(name, ())}
+    return {name: value for name, value in named.items() if value not in BUILT_IN.get(name, ())}
 
 
 def scored_images(benchmark: str | None, out: Path) -> str | None:

@@ -33,6 +33,9 @@ def read_records(path, questions=None, skipped: list[str] | None = None, image_f
         return records
     among_all = not skip and limit is None
     asked = read_questions(questions, set(ids_of(records)), path if among_all else None, skipped)
+    if not asked and not any(r.questions for r in records):
+        why = f"; {skipped[-1]}" if skipped else ""
+        raise InputError(f"{questions}: no question about any record of {path}{why}")
 
     def with_questions(record: Record) -> Record:
         record.questions += asked.get(record.id, [])

@@ -11,6 +11,11 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from hermesflow.files import InputError
+from hermesflow.hub import require
+
+# what options name that is no model
+BUILT_IN = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher": ("text",)}
 IMAGE_TOKENIZER = "showlab/magvitv2"  # where a checkpoint has none of its own
 TEXT_TOKENIZER = "microsoft/phi-1_5"
 
@@ -138,12 +143,21 @@ def check_batch(parser: StageParser, batch: int, micro_batch: int) -> None:
 
 def add_dry_run(parser: StageParser) -> None:
     parser.add_argument("--dry-run", action="store_true",
-        help="check options and number of processes, and exit")
+        help="check options, number of processes and whether all models can be found, and exit")
 
 
-def unless_dry_run(args):
-    """The options, which no longer hold --dry-run; where it was given, the end."""
+def unless_dry_run(args, **models: str | None):
+    """The options, which no longer hold --dry-run; where it was given, the end.
+
+    models: option -> hub id or folder, or a word of ours, that it names.
+    """
     if vars(args).pop("dry_run"):
+        for option, name in models.items():
+            try:
+                require(None if name in BUILT_IN.get(option, ()) else name)
+            except InputError as error:
+                print(f"error: --{option.replace('_', '-')}: {error}", file=sys.stderr)
+                sys.exit(2)
         sys.exit()
     return args
 

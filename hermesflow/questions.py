@@ -41,7 +41,7 @@ def parse_args(argv=None):
         parser.error("--records is needed")
     if args.out.suffix in (".json", ".jsonl"):
         parser.error(f"--out {args.out} is a folder's place: questions.jsonl is written into it")
-    return unless_dry_run(args)
+    return unless_dry_run(args, question_model=args.question_model, qa_model=args.qa_model)
 
 
 def output_of(args) -> Output:

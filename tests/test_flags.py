@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, stage
 
+from hermesflow import options as options_module
+from hermesflow.files import InputError
 from hermesflow.options import StageParser, device, folder
 
 # --------------------------------------------------------------------------------- every script
@@ -145,14 +147,24 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_dry_run_ends_with_the_options(name, tmp_path, monkeypatch):
+def test_a_dry_run_ends_with_the_options(name, tmp_path, monkeypatch, capsys):
     module = stage(name)
     monkeypatch.chdir(tmp_path)
     # it is no setting of what a stage writes
     assert not hasattr(module.parse_args(STAGES[name]), "dry_run")
-    with pytest.raises(SystemExit) as end:
-        module.parse_args([*STAGES[name], "--dry-run"])
-    assert not end.value.code
+    for found in (True, False):
+        asked = []
+
+        def require(name, found=found):
+            asked.append(name)
+            if not found:
+                raise InputError("not here")
+
+        monkeypatch.setattr(options_module, "require", require)
+        with pytest.raises(SystemExit) as end:
+            module.parse_args([*STAGES[name], "--dry-run"])
+        assert end.value.code == (None if found else 2) and asked
+    assert "not here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -262,7 +274,7 @@ def test_questions_are_written_once_before_all(loop, tmp_path, config):
     records = tmp_path / "r.json"
     records.write_text("[]")
     done = loop(ROOT / "configs" / f"{config}.sh", LAUNCH="python", ROUNDS="3", TRAIN=str(records),
-                HELD_OUT=str(records), QUESTION_MODEL="q", QA_MODEL="a", ASK="--batch 3")
+                HELD_OUT=str(records), HELD_OUT_PART="--skip 1", QUESTION_MODEL="q", QA_MODEL="a", ASK="--batch 3")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out" / "questions"
     lines = done.stdout.splitlines()
@@ -328,7 +340,14 @@ def test_the_loop_refuses_configs(loop, tmp_path):
     ({"TRAIN_PART": "--skip -1"}, "SAMPLE or TRAIN_PART: argument --skip"),
     ({"HELD_OUT_PART": "--limit 0"}, "EVAL or HELD_OUT_PART: argument --limit"),
     ({"QUESTION_MODEL": "q", "ASK": "--batch 0"}, "ASK or TRAIN_PART: argument --batch"),
-    ({"QUESTION_MODEL": "q", "HELD_OUT_PART": "--questions q"}, "HELD_OUT_PART: unrecognized"),
+    ({"QUESTION_MODEL": "toy/base", "QA_MODEL": "toy/base", "HELD_OUT_PART": "--skip 1 --questions q"},
+     "HELD_OUT_PART: unrecognized"),
+    ({"QUESTION_MODEL": "/nowhere"}, "ASK or TRAIN_PART: --question-model: /nowhere: no such folder"),
+    ({"SCORE": "--matcher /nowhere"}, "SCORE: --matcher: /nowhere: no such folder"),
+    ({"JUDGE": "/nowhere"}, "EVAL or HELD_OUT_PART: --judge: /nowhere: no such folder"),
+    ({"DPO": "--reference /nowhere"}, "DPO: --reference: /nowhere: no such folder"),
+    ({"SAMPLE": "--limit 3"}, "--limit belongs in TRAIN_PART or HELD_OUT_PART"),
+    ({"TRAIN": "toy/world.py", "HELD_OUT": "toy/world.py"}, "are the same records"),
     ({"ROUNDS": "99999999999"}, "argument --round"),
     ({"SEED": "99999999999999999999"}, "argument --seed"),
 ])

@@ -481,7 +481,7 @@ def test_held_out_records_without_questions_are_left_out(tmp_path, base, picture
                     "--limit", 1)
     assert part["records"] == 1
     for more in ([], ["--questions", questions, "--limit", 1]):
-        with pytest.raises(InputError, match="no record has questions.*hermesflow.questions"):
+        with pytest.raises(InputError, match="no record has questions|no question about any"):
             evaluate(base, path, tmp_path / "none", *more)
     assert not (tmp_path / "none").exists()
 

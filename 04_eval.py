@@ -80,7 +80,7 @@ def parse_args(argv=None):
     args.clip = args.clip or CLIP.get(args.benchmark)
     args.vqa = args.vqa or VQA.get(args.benchmark)
     for name in ("model", "judge", "caption_scorer", "matcher", "detector", "clip", "vqa"):
-        if not (getattr(args, name) or "unset").strip():
+        if getattr(args, name) is not None and not getattr(args, name).strip():
             parser.error(f"--{name.replace('_', '-')} is empty")
     return unless_dry_run(args, **model_inputs(args), **judging_models(args.benchmark, vars(args)))
 

@@ -24,7 +24,7 @@ BEGINNINGS = ("pytorch_model", "model", "diffusion_pytorch_model")
 ENDS = ("safetensors", "bin", "safetensors.index.json", "bin.index.json",
         "fp16.safetensors", "fp16.bin", "safetensors.index.fp16.json", "bin.index.fp16.json")
 WEIGHTS = [f"{beginning}.{end}" for end, beginning in product(ENDS, BEGINNINGS)]
-READ_AT_ONCE = 2**25  # bytes of a weights file in memory, beside the weights that stay
+READ_AT_ONCE = 2**28  # bytes of a weights file in memory, beside the weights that stay
 
 
 def load_checkpoint(module: nn.Module, folder, dtype=torch.float32) -> None:

@@ -82,7 +82,7 @@ from hermesflow.jsonl import Lines, read_jsonl, require_among, write_jsonl
 from hermesflow.pictures import save_pair_gallery
 from hermesflow.records import Pair, Sample, Score, about, parse_record
 from hermesflow.runs import Earlier, map_records, prepare_output, say
-from hermesflow.scoring import (answer_matcher, answer_questions, caption_likelihood,
+from hermesflow.scoring import (answer_matcher, answer_questions, are_right, caption_likelihood,
                                 caption_scorer, meanings, reencode)
 from hermesflow.tables import (check_pairs, check_samples, sample_tensors, tensors_of,
                                write_table)
@@ -120,8 +120,7 @@ def score_records(model: Model, samples: list[Sample], score_captions, match, by
                 # Acc(x): the share of questions that are answered right
                 score.matched = [meanings(a, asked, match) for a in score.answers if asked]
                 for choices in score.matched:
-                    right = sum(c == q.answer for c, q in zip(choices, asked))
-                    score.image_scores.append(right / len(asked))
+                    score.image_scores.append(sum(are_right(choices, asked)) / len(asked))
             if not all(map(math.isfinite, [*score.caption_scores, *score.image_scores])):
                 raise InputError("a score is NaN or infinite")
         scores.append(score)

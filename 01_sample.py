@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hermesflow.datasets import source_of
 from hermesflow.hub import require
-from hermesflow.inputs import read_records, record_items
+from hermesflow.inputs import read_records, record_items, unread_questions
 from hermesflow.jsonl import lines_of
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_record_options,
                                 add_sampling_options, folder, integer, model_inputs, number,
@@ -186,11 +186,13 @@ def report_cut(model: Model, records: Sequence[Record]) -> None:
               f"{', '.join(cut[:5])}{more}")
 
 
-def report_skipped(reasons: list[str], out: Path) -> None:
+def report_skipped(reasons: list[str], unread: str, out: Path) -> None:
     if reasons:
         file = out / "skipped.txt"
         write_text(file, "\n".join(reasons) + "\n")
         print(f"{len(reasons)} bad records skipped, for reasons in {file}; the first: {reasons[0]}")
+    if unread:
+        print(unread)
 
 
 # --------------------------------------------------------------------------------------- try by eye
@@ -220,8 +222,7 @@ def draw_prompt(model: Model, prompt: str, count: int, sampling: ImageSampling, 
 def caption_image(model: Model, file: str, count: int, settings: list[tuple], max_new_tokens: int,
                   seed: tuple) -> None:
     """Print `count` captions of one image file."""
-    pixels = load_image(file, model.image_size)[None]
-    codes = model.encode_image(pixels)
+    codes = model.encode_image(load_image(file, model.image_size)[None])
     tokens = partial(tqdm, desc="caption", unit="token")
     captions = sample_captions(model, codes, ["image"], count, settings, max_new_tokens, seed,
                                progress=tokens)[0]
@@ -247,6 +248,7 @@ def main(args):
 
     skipped = None if args.strict else []
     records = read_records(args.records, args.questions, skipped, **part_of(args))
+    unread = unread_questions(args.records, records, **part_of(args))
     output = output_of(args)
     if not prepare_output(output):
         return
@@ -280,16 +282,18 @@ def main(args):
                           length=lambda r: model.prompt_length(r.drawing_text), earlier=earlier)
     if results is None:
         return  # the main process writes
-    unusable = [r["skipped"] for r in results if "skipped" in r]
-    report_skipped([*(skipped or []), *unusable], args.out)
+    unusable = {r["id"]: r["skipped"] for r in results if "skipped" in r}
+    report_skipped([*(skipped or []), *unusable.values()], unread, args.out)
     if len(unusable) == len(results):
-        raise InputError(f"{args.records}: no record left; {unusable[0]}")
+        raise InputError(f"{args.records}: no record left; {next(iter(unusable.values()))}")
     save_pictures(model, islice(sampled(model, records, results), args.show), args.out)
     written = write_table(file, sampled(model, records, results))
     finish(output)
     report_cut(model, records)
-    counts = f"{args.captions} captions and {args.images} images each"
-    print(f"{written} records, {counts}: {args.out}")
+    print(f"{written} records, {args.captions} captions and {args.images} images each: {args.out}")
+    if not any(r.questions for r in records if r.id not in unusable):
+        print("no record has questions: 02_score.py needs them (python -m hermesflow.questions "
+              "writes them), or --image-scorer likelihood")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from evals.official import files_below
 from hermesflow.contents import ROOT
 from hermesflow.datasets import source_of
 from hermesflow.files import InputError
-from hermesflow.inputs import read_records, record_items, those_with_questions
+from hermesflow.inputs import read_records, record_items, those_with_questions, unread_questions
 from hermesflow.options import (COUNT, SEED, add_dry_run, add_model_options, add_record_options,
                                 add_sampling_options, folder, integer, model_inputs, part_of,
                                 sampling_from, stage_parser, unless_dry_run)
@@ -232,6 +232,9 @@ def read_held_out(args) -> Sequence[Record]:
         say(f"left out: {len(records) - len(asked)} records without questions")
     if bad:
         say(f"left out: {len(bad)} bad records or questions; the first: {bad[0]}")
+    unread = unread_questions(args.records, records, **part_of(args))
+    if unread:
+        say(unread)
     return asked
 
 

@@ -30,13 +30,21 @@ class Axes(NamedTuple):
 
 
 def axes_of(lines: list[Line], named: bool) -> Axes:
-    """The range of all points and intervals, and a little more; a single value has a range, too."""
+    """The range of all points and intervals, and a little more; a single value has a range, too.
+
+    Shares, and what else is in [0, 1], stay in it.
+    """
     points = [p for line in lines for p in line.points]
     xs = [p[0] for p in points]
     ys = [y for p in points for y in p[1:]]
     beside = 0.3 if named or min(xs) == max(xs) else 0  # names stand under their points
     margin = 0.06 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1
-    return Axes(min(xs) - beside, max(xs) + beside, min(ys) - margin, max(ys) + margin)
+    low = min(ys) - margin
+    high = max(ys) + margin
+    if 0 <= min(ys) and max(ys) <= 1:
+        low = max(low, 0)
+        high = min(high, 1)
+    return Axes(min(xs) - beside, max(xs) + beside, low, high)
 
 
 def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
@@ -105,7 +113,9 @@ def chart(title: str, lines: list[Line], names: list[str] | None = None, shade: 
 
 def x_ticks(axes: Axes) -> list[tuple[float, str]]:
     """Whole steps."""
-    return [(v, text) for v, text in ticks(axes.left, axes.right, 6) if v == round(v)]
+    step = max(1, round(grid_step((axes.right - axes.left) / 6)))
+    first = math.ceil(axes.left / step) * step
+    return [(v, str(v)) for v in range(first, math.floor(axes.right) + 1, step)]
 
 
 def drawn(axes: Axes, line: Line) -> list[str]:

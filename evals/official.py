@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def read_picture(path, upright: bool = False) -> Image.Image:
 
     try:
         require_regular(path)
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image = pictures.upright(image) if upright else image
             return pictures.eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, …

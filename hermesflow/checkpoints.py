@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from hermesflow import hub
-from hermesflow.files import InputError, read_object, reason
+from hermesflow.files import InputError, read_object, reading, reason, require_regular
 
 # fields of config files: their type, and the largest number that makes sense; all are above 0
 SIZE = (int, 2**24)
@@ -225,6 +225,9 @@ def load_hf(kind, name: str, **settings):
     else:
         why = missing_parameters(*loaded) if is_model else missing_words(loaded)
     if why:
+        for file in filter(Path.is_file, Path(name).glob("*")):
+            with reading(file):
+                require_regular(file)  # one that Git LFS has yet to fetch
         needed = (CONFIG, MODEL) if is_model else NEEDED.get(kind.__name__, ())
         why = (not os.path.exists(name) and hub.lacks(str(name), needed)) or why
         raise InputError(f"{name}: cannot load as {kind.__name__} ({why})")
@@ -233,13 +236,18 @@ def load_hf(kind, name: str, **settings):
 
 @contextmanager
 def only_errors():
-    """Without the tables in which transformers reports what a file lacks, or has besides."""
+    """Without the tables in which transformers reports what a file lacks, or has besides.
+
+    And without its bar over weights; those over downloads are of the hub's library, and stay.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity_error()
+    hook = logging.set_tqdm_hook(lambda make, args, how: make(*args, **how | {"disable": True}))
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        logging.set_tqdm_hook(hook)
 
 
 def missing_parameters(model: PreTrainedModel, info: dict) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hermesflow.files import InputError, parse_json, read_text, reading, require_regular
+from hermesflow.records import skipping
 
 READ = ("our JSONL, JourneyDB's annotation lines, the original's array (initial_data.json), COCO's "
         "captions, or a folder with metadata.csv or metadata.jsonl (`file_name` and `text`)")
@@ -38,6 +39,7 @@ class Source(NamedTuple):
     file: Path
     fields: Callable[[dict], dict]  # of our record, from one of the file's
     rows: list[tuple] | None  # (where, value, number) of every record; None: the file's lines
+    names: dict[str, str]  # a field of ours -> what messages call it: its name in the file
 
 
 # ------------------------------------------------------------------------- fields of a record, each
@@ -62,7 +64,7 @@ def of_journeydb(value: dict) -> dict:
     """Its own caption and questions, by GPT-3.5; what is drawn is the caption, as above."""
     about_caption = value.get("Task2")
     fields = {"id": id_of(value.get("img_path")), "image": value.get("img_path"),
-              "questions": journeydb_questions(value.get("Task3"))}
+              "questions": journeydb_questions(value.get("Task3"), [])}
     if isinstance(about_caption, dict) and "Caption" in about_caption:
         fields["caption"] = about_caption["Caption"]
     return fields
@@ -79,6 +81,19 @@ def id_of(image):
     if not isinstance(image, str):
         return image
     return os.path.splitext(os.path.normpath(image))[0].strip("/").replace("/", "-")
+
+
+def names_of(fields: Callable, value: dict) -> dict[str, str]:
+    """`Source.names` of a format, of which `value` is a record."""
+    if fields is of_original:
+        return {"image": "image" if "image" in value else "img_path"}
+    if fields is of_journeydb:
+        return {"id": "img_path", "image": "img_path", "caption": "Task2.Caption",
+                "questions": "Task3"}
+    if fields is of_imagefolder:
+        text = next((name for name in TEXTS if name in value), TEXTS[0])
+        return {"id": "file_name", "image": "file_name", "caption": text}
+    return {}
 
 
 # what a line or an element must have, how it is read, and whether one at a time
@@ -102,42 +117,54 @@ def format_of(value) -> tuple[Callable, bool] | None:
 LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[:.)]\s*|\)?$)(.*)", re.DOTALL)  # A: yes, (B) no, C
 
 
-def journeydb_questions(task) -> list[dict]:
-    """Of `Task3`: lists of questions by topic; those that cannot be answered are left out."""
+def journeydb_questions(task, unread: list[str]) -> list[dict]:
+    """Of `Task3`: lists of questions by topic.
+
+    unread: takes why questions are left out, which cannot be read or answered.
+    """
+    if task and not isinstance(task, dict):
+        unread.append("expected an object of topics")
     questions = []
     for topic, asked in task.items() if isinstance(task, dict) else ():
+        if asked and not isinstance(asked, list):
+            unread.append(f"{topic[:40]!r}: expected a list of questions")
         for value in asked if isinstance(asked, list) else ():
-            question = journeydb_question(value)
-            if question:
+            with skipping(unread):
+                question = journeydb_question(value)
                 questions.append({**question, "element": topic.split(" ")[0].lower()})
     return questions
 
 
-def journeydb_question(value) -> dict | None:
+def journeydb_question(value) -> dict:
     """`Question`, `Options` and `Answer`, which is a letter, an option, or both.
 
-    Options are by letter, or a list of texts that may begin with theirs.
+    Options are by letter, or a list of texts that may begin with theirs. Raises InputError if it
+    cannot be read or answered.
     """
     if not isinstance(value, dict) or not isinstance(value.get("Question"), str):
-        return None
+        raise InputError(f"no object with a text 'Question': {json.dumps(value)[:60]}")
+    asked = repr(value["Question"][:40])
+    if not isinstance(value.get("Answer"), str):
+        raise InputError(f"{asked}: no text 'Answer'")
     options = value.get("Options")
     if isinstance(options, list):
         options = dict(zip("ABCDEFGHIJ", options))
-    if not isinstance(options, dict) or not isinstance(value.get("Answer"), str):
-        return None
-    if not all(isinstance(text, str) for text in options.values()):
-        return None
+    texts = list(options.values()) if isinstance(options, dict) else []
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{asked}: 'Options' should be two texts or more")
     letters = [letter.strip().upper() for letter in options]
-    choices = [text.strip() for text in options.values()]
+    choices = [text.strip() for text in texts]
     lettered = [LETTER.fullmatch(text) for text in choices]
     if all(m and m[1].upper() == letter for m, letter in zip(lettered, letters)):
         choices = [m[2].strip() for m in lettered]
+    if not all(choices):
+        raise InputError(f"{asked}: 'Options' holds an empty text")
     answer = value["Answer"].strip()
     if answer.lower() not in [choice.lower() for choice in choices]:
         letter = LETTER.fullmatch(answer)
-        answer = dict(zip(letters, choices)).get(letter[1].upper() if letter else answer, "")
-    if not answer or len(choices) < 2 or not all(choices):
-        return None
+        answer = dict(zip(letters, choices)).get(letter[1].upper() if letter else answer)
+    if not answer:
+        raise InputError(f"{asked}: 'Answer' {value['Answer'][:40]!r} is none of its options")
     return {"question": value["Question"], "choices": choices, "answer": answer}
 
 
@@ -162,15 +189,18 @@ def source_of(path) -> Source:
 def recognised(path: Path, _size: int, _changed: int) -> Source:
     head = first_values(path)
     of_lines = path.suffix == ".jsonl"
-    for fields, one_at_a_time in filter(None, map(format_of, head if of_lines else head[:1])):
-        return Source(path, fields, None if one_at_a_time else array_rows(path))
+    for value in head if of_lines else head[:1]:
+        if found := format_of(value):
+            fields, one_at_a_time = found
+            rows = None if one_at_a_time else array_rows(path)
+            return Source(path, fields, rows, names_of(fields, value))
     if not of_lines:
         return whole(path)
     # what is wrong with a line of ours is said of each; lines of something else have none of this
     known = {"id", "image", "caption"}
     if head and all(isinstance(v, dict) and not v.keys() & known for v in head):
         raise unknown(path)
-    return Source(path, ours, None)
+    return Source(path, ours, None, {})
 
 
 def first_values(path: Path) -> list:
@@ -191,18 +221,23 @@ def whole(path: Path) -> Source:
     """A file that is read as one: an array, COCO's object, or a table."""
     text = read_text(path)
     if text.lstrip()[:1] not in ("[", "{"):
-        return Source(path, of_imagefolder, table_rows(path, text))
+        return of_rows(path, of_imagefolder, table_rows(path, text))
     try:
         value = parse_json(text, str(path))
     except InputError:
-        return Source(path, of_original, array_rows(path))
+        return of_rows(path, of_original, array_rows(path))
     if isinstance(value, list):
         fields, _ = next(filter(None, map(format_of, value[:HEAD])), (ours, True))
         # an array with our names is one of the original, whose `prompt` is not drawn
-        return Source(path, of_original if fields is ours else fields, array_rows(path))
+        return of_rows(path, of_original if fields is ours else fields, array_rows(path))
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
-        return Source(path, ours, coco_rows(path, value))
+        return Source(path, ours, coco_rows(path, value), {"image": "file_name"})
     raise unknown(path)
+
+
+def of_rows(path: Path, fields: Callable, rows: list[tuple]) -> Source:
+    first = next((value for _, value, _ in rows if isinstance(value, dict)), {})
+    return Source(path, fields, rows, names_of(fields, first))
 
 
 def unknown(path: Path) -> InputError:

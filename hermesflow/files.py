@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 PRIVATE = ".run"  # in an output folder: its lock, and the names of the files that stages wrote
+POINTER = b"version https://git-lfs.github.com/spec/v1"  # begins a file that is still to be fetched
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -49,10 +50,16 @@ def reading(path):
 
 
 def require_regular(path) -> None:
-    """Raises OSError for anything but a file: a named pipe would be waited for, for ever."""
+    """Raises OSError for anything but a file: a named pipe would be waited for, for ever.
+
+    And for a pointer in whose place Git LFS has yet to put the file.
+    """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError("is a folder" if stat.S_ISDIR(mode) else "not a regular file")
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise OSError("a Git LFS pointer, not the file itself: `git lfs pull` fetches it")
 
 
 def read_text(path) -> str:

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hermesflow.contents import Item
-from hermesflow.datasets import Source, array_rows, source_of
+from hermesflow.datasets import (Source, array_rows, id_of, journeydb_questions, of_journeydb,
+                                 source_of)
 from hermesflow.files import InputError, parse_json, read_text, reading
 from hermesflow.jsonl import Lines, ids_of, lines_of, resolve_image
 from hermesflow.records import Question, Record, check_question, parse_record, skipping, validated
@@ -23,12 +26,13 @@ def read_records(path, questions=None, skipped: list[str] | None = None, image_f
     """
     source = source_of(path)
     build = builder(source, image_folder)
-    if source.rows is None:
-        with reading(source.file):
-            records = RecordLines(source.file, build, skip, limit, skipped)
-    else:
-        rows = selected(source.rows, path, skip, limit)
-        records = [record for record, _ in validated(build, rows, path, skipped)]
+    with names_of_the_file(source, skipped):
+        if source.rows is None:
+            with reading(source.file):
+                records = RecordLines(source.file, build, skip, limit, skipped)
+        else:
+            rows = selected(source.rows, path, skip, limit)
+            records = [record for record, _ in validated(build, rows, path, skipped)]
     if questions is None:
         return records
     among_all = not skip and limit is None
@@ -58,6 +62,24 @@ def builder(source: Source, image_folder) -> Callable:
         return record
 
     return build
+
+
+@contextmanager
+def names_of_the_file(source: Source, skipped: list[str] | None):
+    """Messages of the block, and those it adds to `skipped`, name a field as the file does."""
+
+    def renamed(message: str) -> str:
+        return re.sub(r"(?<=: field ')\w+(?=')", lambda m: source.names.get(m[0], m[0]), message,
+                      count=1)
+
+    before = len(skipped or ())
+    try:
+        yield
+    except InputError as error:
+        raise InputError(renamed(str(error))) from None
+    finally:
+        if skipped:
+            skipped[before:] = map(renamed, skipped[before:])
 
 
 def images_of(source: Source, image_folder) -> Path:
@@ -116,12 +138,7 @@ def record_items(path, questions=None, image_folder=None, skip: int = 0,
     source = source_of(path)
     folder = images_of(source, image_folder)
     asked = question_items(questions) if questions else None
-    if source.rows is None:
-        lines = (line.lstrip("\ufeff") for (line,) in lines_of(source.file))
-        values = (line for line in lines if line.strip())
-    else:
-        values = (value for _, value, _ in source.rows)
-    for value in selected(values, path, skip, limit):
+    for _, value in selected(values_of(source), path, skip, limit):
         try:
             record = json.loads(value) if source.rows is None else value
             record = source.fields(record)
@@ -131,6 +148,17 @@ def record_items(path, questions=None, image_folder=None, skip: int = 0,
             yield item if asked is None else (*item, *asked.get(str(said[0]), []))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             yield (str(value),)  # said when records are read
+
+
+def values_of(source: Source) -> Iterator[tuple]:
+    """(where, value) of every record; of JSON lines, the value is the text."""
+    if source.rows is not None:
+        yield from ((where, value) for where, value, _ in source.rows)
+        return
+    for number, (line,) in enumerate(lines_of(source.file), 1):
+        text = line.lstrip("\ufeff")
+        if text.strip():
+            yield f"{source.file}: line {number}", text
 
 
 def question_items(path) -> dict[str, list[str]]:
@@ -168,6 +196,28 @@ def read_questions(path, ids: set[str], records_path,
                 message = f"field 'id': {value.get('id')!r} is not in {records_path}"
                 raise InputError(f"{where}: {message}")
     return questions
+
+
+def unread_questions(path, records: Sequence[Record], image_folder=None, skip: int = 0,
+                     limit: int | None = None) -> str:
+    """How many of JourneyDB's records lost questions that cannot be read, and why; empty: none."""
+    source = source_of(path)
+    if source.fields is not of_journeydb:
+        return ""
+    ids = set(ids_of(records))
+    reasons = {}  # id -> why the first of its questions was left out
+    for where, value in selected(values_of(source), path, skip, limit):
+        with suppress(InputError):  # said when records are read
+            value = parse_json(value, where) if source.rows is None else value
+        unread = []
+        if isinstance(value, dict):
+            journeydb_questions(value.get("Task3"), unread)
+        if unread and str(id_of(value.get("img_path"))) in ids:
+            reasons.setdefault(id_of(value["img_path"]), f"{where}: field 'Task3': {unread[0]}")
+    if not reasons:
+        return ""
+    return (f"{len(reasons)} of {len(records)} records have questions that cannot be read, which "
+            f"are left out; the first: {next(iter(reasons.values()))}")
 
 
 def question_values(path) -> list[tuple]:

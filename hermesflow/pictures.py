@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def load_image(path, size: int) -> torch.Tensor:
     """
     try:
         require_regular(path)
-        with Image.open(path) as file:
+        # Pillow warns of broken metadata in pictures that it reads
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
             image = to_srgb(upright(file))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -12,7 +12,7 @@ about a text, and those remain that another one answers right from the text alon
 
 from hermesflow.datasets import source_of
 from hermesflow.inputs import (question_values, read_records, record_items,
-                               those_with_questions)
+                               those_with_questions, unread_questions)
 from hermesflow.options import (COUNT, add_dry_run, add_record_options, device, folder, part_of,
                                 stage_parser, unless_dry_run)
 from hermesflow.outputs import Output, exit_if_complete, finish, run_main
@@ -226,6 +226,9 @@ def without_questions(args) -> tuple[Sequence[Record], int]:
     wanting = those_with_questions(records, False)
     if skipped:
         say(f"left out: {len(skipped)} bad records; the first: {skipped[0]}")
+    unread = unread_questions(args.records, records, **part_of(args))
+    if unread:
+        say(unread)
     return wanting, len(records) - len(wanting)
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hermesflow.checkpoints import SHORT, absent_file, find_file, some_of
-from hermesflow.files import InputError, read_object, reading, reason
+from hermesflow.files import InputError, read_object, reading, reason, require_regular
 
 # Names of weights files, the first that is there is read: full precision before half, safetensors
 # before pickles, one file before the index of many. Show-o's program and transformers begin them
@@ -115,6 +115,8 @@ def is_mapped(file: str) -> bool:
 
 def read_safetensors(file: str) -> dict:
     """name -> tensor of a safetensors file. Raises InputError if it cannot be read."""
+    with reading(file):
+        require_regular(file)
     try:
         with safe_open(file, framework="pt") as weights:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}
@@ -125,6 +127,8 @@ def read_safetensors(file: str) -> dict:
 
 def read_bin(file: str) -> dict:
     """name -> tensor of a .bin file. Raises InputError for anything but plain tensors."""
+    with reading(file):
+        require_regular(file)
     try:
         mmap = zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)

@@ -71,6 +71,9 @@ def picture(path, size=(40, 30), mode="RGB", **how):
     Image.fromarray(pixels).resize(size).convert(mode).save(path, **how)
 
 
+POINTER = ("version https://git-lfs.github.com/spec/v1\n"
+           f"oid sha256:{'0' * 64}\nsize 2900000000\n")
+
 # ----------------------------------------------------------------------------------- JSON and JSONL
 
 GOOD = b'{"id": "a", "image": "0.png", "caption": "a big red ring"}'
@@ -215,7 +218,7 @@ BAD_ORIGINAL = {  # initial_data.json, vqa_data.json -> what the message must na
     "text": ("x", [], "array"),
     "id fraction": ([{"id": 1.5, "img_path": "0.png", "caption": "c"}], [], "'id'"),
     "id boolean": ([{"id": True, "img_path": "0.png", "caption": "c"}], [], "'id'"),
-    "no image": ([{"id": 1, "caption": "c"}], [], "'image'"),
+    "no image": ([{"id": 1, "caption": "c"}], [], "'img_path'"),
     "questions text": (ONE_RECORD, "why?", "vqa_data.json: expected an array"),
     "questions empty": (ONE_RECORD, {}, "vqa_data.json: record 1: field 'question'"),
     "question of nobody": (
@@ -275,12 +278,12 @@ BAD_IMAGES = {
     "link to nowhere": lambda p: p.symlink_to(p.parent / "nowhere"),
     "link to itself": lambda p: p.symlink_to(p),
     "unreadable zeros": lambda p: p.write_bytes(b"\0" * 5000),
+    "a pointer": lambda p: p.write_text(POINTER),
     "corrupt GIF": lambda p: p.write_bytes(encoded("GIF")[:60]),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_image(tmp_path, base, capsys, name):
     records = tmp_path / "records.jsonl"
     picture(tmp_path / "0.png")
@@ -482,6 +485,12 @@ BAD_CHECKPOINTS = {  # what is done to a good one -> what the message must name
     "truncated": (truncated(WEIGHTS, 5000), WEIGHTS),
     "zero bytes": (truncated(WEIGHTS, 0), WEIGHTS),
     "text": (text_instead(WEIGHTS, "hello" * 100), WEIGHTS),
+    "a pointer": (text_instead(WEIGHTS, POINTER), f"{WEIGHTS}: a Git LFS pointer, not the file"),
+    "a pointer to a bin": (
+        lambda f: (removed(WEIGHTS)(f), text_instead("pytorch_model.bin", POINTER)(f)),
+        "pytorch_model.bin: a Git LFS pointer, not the file itself: `git lfs pull` fetches it"),
+    "image tokenizer is a pointer": (text_instead(f"magvitv2/{WEIGHTS}", POINTER),
+                                     f"magvitv2/{WEIGHTS}: a Git LFS pointer"),
     "no weights": (removed(WEIGHTS), "pytorch_model.safetensors is missing"),
     "pickled code": (lambda f: pickled(f, {HEAD: Code(f / "ran")}), "pytorch_model.bin"),
     "pickled code in a list": (lambda f: pickled(f, [Code(f / "ran")]), "pytorch_model.bin"),
@@ -514,6 +523,10 @@ BAD_CHECKPOINTS = {  # what is done to a good one -> what the message must name
     "no end of texts": (configured("tokenizer/tokenizer_config.json", eos_token="gone"),
                         "no eos_token"),
     "broken tokenizer": (text_instead("tokenizer/tokenizer.json", "{"), "tokenizer"),
+    "tokenizer is a pointer": (text_instead("tokenizer/tokenizer.json", POINTER),
+                               "tokenizer.json: a Git LFS pointer, not the file"),
+    "config is a pointer": (text_instead("config.json", POINTER),
+                            "config.json: a Git LFS pointer, not the file"),
     "image tokenizer truncated": (truncated(f"magvitv2/{WEIGHTS}", 99), "magvitv2"),
     "image tokenizer NaN": (
         edited(lambda w: w["decoder.conv_in.weight"].fill_(torch.nan), f"magvitv2/{WEIGHTS}"),

@@ -13,7 +13,8 @@ from conftest import ROOT, main, results_of, stage
 from hermesflow import datasets
 from hermesflow.contents import content
 from hermesflow.files import HELD, InputError
-from hermesflow.inputs import RecordLines, read_records, record_items, those_with_questions
+from hermesflow.inputs import (RecordLines, read_records, record_items, those_with_questions,
+                               unread_questions)
 from hermesflow.jsonl import read_jsonl
 from hermesflow.records import Question, Sample
 from model import Model, save
@@ -173,7 +174,7 @@ def test_coco_without_captions(tmp_path, indent):
 def test_the_column_with_texts(tmp_path, write):
     for column in ("text", "caption", "prompt"):
         assert [r.caption for r in read_records(write(tmp_path, column))] == list(TEXTS)
-    with pytest.raises(InputError, match="(line 1|line 2): field 'caption' is missing"):
+    with pytest.raises(InputError, match="(line 1|line 2): field 'text' is missing"):
         read_records(write(tmp_path, "alt"))
 
 
@@ -193,8 +194,50 @@ def test_a_table_with_line_breaks_and_a_mark(tmp_path):
     with pytest.raises(InputError, match="metadata.csv: after record 1: not valid CSV"):
         read_records(path)
     path.write_text("file_name,text\na.png\n")
-    with pytest.raises(InputError, match="line 2: field 'caption' should be str, found null"):
+    with pytest.raises(InputError, match="line 2: field 'text' should be str, found null"):
         read_records(path)
+
+
+@pytest.mark.parametrize("file, values, said", [
+    ("metadata.jsonl", {"file_name": "b.png", "prompt": " "}, "line 2: field 'prompt' is empty"),
+    ("metadata.jsonl", {"file_name": "a.png", "prompt": "p"},
+     "line 2: field 'file_name': 'a' occurs twice"),
+    ("metadata.jsonl", {"file_name": 3, "prompt": "p"},
+     "line 2: field 'file_name' should be str, found 3"),
+    ("train_anno.jsonl", {"img_path": "b.png", "Task2": {"Caption": 3}},
+     "line 2: field 'Task2.Caption' should be str, found 3"),
+    ("train_anno.jsonl", {"img_path": ["b.png"], "Task2": {"Caption": "c"}},
+     "line 2: field 'img_path' should be str, found [\"b.png\"]"),
+    ("initial_data.json", {"id": 2, "img_path": None, "caption": "c"},
+     "record 2: field 'img_path' should be str, found null"),
+    ("initial_data.json", {"id": 1, "img_path": "b.png", "caption": "c"},
+     "record 2: field 'id': '1' occurs twice"),
+    ("records.jsonl", {"id": "b", "image": 3, "caption": "c"},
+     "line 2: field 'image' should be str, found 3"),
+])
+def test_messages_name_the_files_own_fields(tmp_path, file, values, said):
+    """Whether a bad record stops or is skipped."""
+    good = {"metadata.jsonl": {"file_name": "a.png", "prompt": "p"},
+            "train_anno.jsonl": {"img_path": "a.png", "Task2": {"Caption": "c"}},
+            "initial_data.json": {"id": 1, "img_path": "a.png", "caption": "c"},
+            "records.jsonl": {"id": "a", "image": "a.png", "caption": "c"}}[file]
+    path = lines(tmp_path / file, [good, values])
+    if path.suffix == ".json":
+        path.write_text(json.dumps([good, values]))
+    with pytest.raises(InputError) as error:
+        read_records(path)
+    skipped = ["of another file: field 'image' is missing"]
+    assert len(read_records(path, None, skipped)) == 1
+    assert str(error.value) == skipped[1] == f"{path}: {said}"
+    assert skipped[0] == "of another file: field 'image' is missing"
+
+
+def test_messages_name_cocos_fields(tmp_path):
+    value = {"images": [{"id": 1, "file_name": 3}],
+             "annotations": [{"id": 1, "image_id": 1, "caption": "c"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match="image 1: field 'file_name' should be str, found 3"):
+        read_records(tmp_path / "coco.json")
 
 
 NOT_READ = {  # name, content
@@ -261,13 +304,60 @@ AB = {"A": "Red", "B": "Blue"}
 ])
 def test_options_and_answers_of_journeydb(options, answer, expected):
     value = {"Question": "q?", "Options": options, "Answer": answer}
-    found = datasets.journeydb_questions({"Content Relevant": [value, 3, {"Question": "q?"}]})
+    unread = []
+    task = {"Content Relevant": [value, 3, {"Question": "q?"}]}
+    found = datasets.journeydb_questions(task, unread)
+    assert len(unread) == (3 if expected is None else 2)
+    assert unread[-2:] == ["no object with a text 'Question': 3", "'q?': no text 'Answer'"]
     if expected is None:
-        assert found == []
+        assert found == [] and unread[0].startswith("'q?': ")
     else:
         question = Question(**found[0])  # which takes the answer's letters from the choice
         assert question.answer == expected and expected in question.choices
         assert all(len(c) > 1 and c[1] not in ".:)" for c in question.choices)
+
+
+@pytest.mark.parametrize("task, unread", [
+    ({}, []), (None, []), ({"Content": []}, []), (TASK3, []),
+    ("none", ["expected an object of topics"]),
+    ({"Content": "none"}, ["'Content': expected a list of questions"]),
+    ({"Content": [{"Question": "q?", "Options": AB, "Answer": "C"}]},
+     ["'q?': 'Answer' 'C' is none of its options"]),
+    ({"Content": [{"Question": "q?", "Options": AB}]},
+     ["'q?': no text 'Answer'"]),
+    ({"Content": [{"Question": "q?", "Options": ["Red", " "], "Answer": "A"}]},
+     ["'q?': 'Options' holds an empty text"]),
+])
+def test_why_questions_of_journeydb_are_left_out(task, unread):
+    found = []
+    datasets.journeydb_questions(task, found)
+    assert found == unread
+
+
+def test_questions_that_cannot_be_read_are_counted(tmp_path):
+    """Once a record; of the part that is read, and of records that are good."""
+    bad = {"Question": "Which?", "Options": AB, "Answer": "C"}
+    topic = "Content Relevant Questions and Answers"
+    path = journeydb(tmp_path, [TASK3, {topic: [bad, *TASK3[topic], 3]}, {topic: [bad]}])
+    with open(path, "a") as file:
+        file.write("\n{\n" + json.dumps({"img_path": "x.png", "Task3": {topic: [3]}}) + "\n")
+    skipped = []
+    records = read_records(path, None, skipped)
+    assert [len(r.questions) for r in records] == [3, 2, 0] and len(skipped) == 2
+    said = ("are left out; the first: {}: {}: field 'Task3': 'Which?': 'Answer' 'C' is none of its "
+            "options")
+    lost = "have questions that cannot be read, which " + said
+    assert unread_questions(path, records) == f"2 of 3 records {lost.format(path, 'line 2')}"
+    part = {"skip": 2, "limit": 1}
+    assert (unread_questions(path, read_records(path, **part), **part)
+            == f"1 of 1 records {lost.format(path, 'line 3')}")
+    part = {"limit": 1}
+    assert unread_questions(path, read_records(path, **part), **part) == ""
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([json.loads(x) for x in path.read_text().splitlines()[:3]]))
+    assert (unread_questions(array, read_records(array))
+            == f"2 of 3 records {lost.format(array, 'record 2')}")
+    assert unread_questions(our_jsonl(tmp_path), ()) == ""
 
 
 def test_lines_of_journeydb_without_captions(tmp_path):
@@ -277,7 +367,7 @@ def test_lines_of_journeydb_without_captions(tmp_path):
     path.write_text(bare + path.read_text())
     skipped = []
     assert [r.id for r in read_records(path, None, skipped)] == ["0", "sub-1", "2"]
-    assert len(skipped) == 50 and "line 1: field 'caption' is missing" in skipped[0]
+    assert len(skipped) == 50 and "line 1: field 'Task2.Caption' is missing" in skipped[0]
     assert [r.id for r in read_records(path, skip=51)] == ["sub-1", "2"]
 
 
@@ -449,9 +539,26 @@ def test_questions_that_come_later_sample_nothing_again(tmp_path, base, pictures
     assert "samples.jsonl is complete" in capsys.readouterr().out
 
 
-def test_without_questions_stage_2_says_what_to_run(tmp_path, base, pictures):
+def test_stage_1_counts_questions_that_cannot_be_read(tmp_path, base, pictures, capsys):
+    """Of JourneyDB. A record that was asked about nothing is one of those without questions."""
+    path = journeydb(pictures, [{}, TASK3, {"Content": [3]}])
+    draw(base, path, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert ("1 of 3 records have questions that cannot be read, which are left out; the first: "
+            f"{path}: line 3: field 'Task3': no object with a text 'Question': 3\n") in said
+    assert "no record has questions" not in said
+    draw(base, path, tmp_path / "last", "--skip", 2)
+    assert "1 of 1 records have questions" in (said := capsys.readouterr().out)
+    assert "no record has questions" in said
+
+
+def test_without_questions_stage_2_says_what_to_run(tmp_path, base, pictures, capsys):
+    """And stage 1 before it, in its last line."""
     score = stage("02_score")
     draw(base, our_jsonl(pictures), tmp_path / "samples")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "no record has questions: 02_score.py needs them (python -m hermesflow.questions writes "
+        "them), or --image-scorer likelihood")
     with pytest.raises(InputError) as error:
         main(score, "--samples", tmp_path / "samples", "--model", base, "--out", tmp_path / "pairs")
     assert all(part in str(error.value) for part in (
@@ -484,6 +591,12 @@ def test_held_out_records_without_questions_are_left_out(tmp_path, base, picture
         with pytest.raises(InputError, match="no record has questions|no question about any"):
             evaluate(base, path, tmp_path / "none", *more)
     assert not (tmp_path / "none").exists()
+
+
+def test_stage_4_counts_questions_that_cannot_be_read(tmp_path, base, pictures, capsys):
+    path = journeydb(pictures, [{}, TASK3, {"Content": [3]}])
+    assert evaluate(base, path, tmp_path / "out")["records"] == 1
+    assert "1 of 3 records have questions that cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, out", [("01_sample.py", []), ("04_eval.py", ["--out", "o"])])

@@ -16,7 +16,7 @@ from hermesflow import lora, training_options
 from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
 from hermesflow.lora import add_adapters, merge_adapters
-from hermesflow.outputs import exit_if_complete
+from hermesflow.outputs import exit_if_complete, run_main
 from hermesflow.records import Pair
 from hermesflow.tables import load_tensors, save_tensors, write_table
 from model import load, save
@@ -259,6 +259,17 @@ def test_the_merge_does_not_round(inputs, tmp_path, monkeypatch):
     change = merged[f"{name}.weight"] - before
     torch.testing.assert_close(change, 2 * B @ A, rtol=0, atol=1e-6)
     assert change.abs().max() < before.abs().mean() * 2**-9 and change.abs().max() > 1e-5
+
+
+def test_a_rank_above_the_width_is_refused(inputs, tmp_path, capsys):
+    """The network is 32 wide; its outermost matrices are (64, 32)."""
+    add_adapters(load(inputs[1]).net, 32, (0, 1))
+    options = [str(a) for a in (*inputs, *OPTIONS, "--lora", 33, "--out", tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: dpo.main(dpo.parse_args(options)))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --lora 33: the network is 32 wide; a rank is at most that")
 
 
 def test_gradient_checkpointing_changes_nothing(inputs, trained, tmp_path):

@@ -278,6 +278,14 @@ def test_questions_are_written_about_records_without(tmp_path, writer, capsys):
     assert results_of(tmp_path / "one") == results_of(tmp_path / "out")
 
 
+def test_questions_of_journeydb_that_cannot_be_read_are_said(tmp_path, writer, capsys):
+    """Before others are written."""
+    value = {"img_path": "a.png", "Task2": {"Caption": "a rabbit"}, "Task3": {"Content": [3]}}
+    put(tmp_path, [value])
+    assert ask(tmp_path) == [("a", RABBIT.question)]
+    assert "1 of 1 records have questions that cannot be read" in capsys.readouterr().out
+
+
 def test_questions_join_their_records(tmp_path, writer):
     """In read_records as in both stages, of a part of the records, too."""
     put(tmp_path)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import main, stage
 from evals import metrics
-from evals.charts import Line, axes_of, chart, thinned, ticks
+from evals.charts import Axes, Line, axes_of, chart, thinned, ticks, x_ticks
 from evals.gallery import Judged, candidate, judged
 from evals.html import figure, wrong_answers
 from evals.metrics import EvalRecord
@@ -400,12 +400,33 @@ def test_report_of_no_run(tmp_path, capsys, prepare):
 
 def test_axes_span_the_data():
     """Intervals included; not from zero, and never without a height."""
-    line = Line("a", "und", [(0, 0.75, 0.5, 1.0), (1, 0.8, 0.7, 0.9)])
+    line = Line("a", "und", [(0, 2.75, 2.5, 3.0), (1, 2.8, 2.7, 2.9)])
     axes = axes_of([line], named=True)
-    assert (axes.low, axes.high) == pytest.approx((0.47, 1.03))
+    assert (axes.low, axes.high) == pytest.approx((2.47, 3.03))
     assert (axes.left, axes.right) == (-0.3, 1.3)
     flat = axes_of([Line("a", "", [(3, 0.0)])], named=False)
-    assert (flat.left, flat.right, flat.low, flat.high) == (2.7, 3.3, -1, 1)
+    assert (flat.left, flat.right, flat.low, flat.high) == (2.7, 3.3, 0, 1)
+
+
+@pytest.mark.parametrize("values, low, high", [
+    ([0.5, 1.0], 0.47, 1), ([0.0, 0.5], 0, 0.53), ([0.0, 1.0], 0, 1), ([1.0, 1.0], 0.9, 1),
+    ([0.0, 0.0], 0, 1), ([0.5, 0.5], 0.45, 0.55),
+    # what is no share
+    ([-0.5, 0.5], -0.56, 0.56), ([0.5, 1.5], 0.44, 1.56), ([-2.0, -2.0], -2.2, -1.8),
+])
+def test_axes_of_shares_end_at_0_and_1(values, low, high):
+    axes = axes_of([Line("a", "", list(enumerate(values)))], named=False)
+    assert (axes.low, axes.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("left, right, texts", [
+    (0, 1, ["0", "1"]), (2.7, 3.3, ["3"]), (0, 2, ["0", "1", "2"]), (7, 9, ["7", "8", "9"]),
+    (0, 5, ["0", "1", "2", "3", "4", "5"]), (0.5, 11.5, ["2", "4", "6", "8", "10"]),
+    (0, 2999, ["0", "500", "1000", "1500", "2000", "2500"]),
+    (0, 2e6, ["0", "500000", "1000000", "1500000", "2000000"]),
+])
+def test_ticks_of_steps_are_whole(left, right, texts):
+    assert [text for _, text in x_ticks(Axes(left, right, 0, 1))] == texts
 
 
 @pytest.mark.parametrize("low, high, texts", [

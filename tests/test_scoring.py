@@ -10,11 +10,12 @@ import shutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import model as wrapper
 from conftest import GOLDEN, main, stage
 from hermesflow import scoring
+from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
 from hermesflow.records import Pair, Question, Sample, Score
@@ -517,6 +518,14 @@ def test_stage_joins_the_previous_round_by_id(score_stage, tmp_path):
         "c": ("old lose", [12, 13], 0.5, [4, 1], 0.4, "old lose wrong")}  # 1.0 does not beat 1.0
     images = [tensors_of(p)["image"].tolist() for p in pairs.values()]
     assert images == [[0, 0], [1, 1], [2, 2]]  # the record's own, not that of the last round
+
+
+def test_loading_an_encoder_shows_no_bar(bert, capfd):
+    """That of transformers, which is back after it."""
+    load_hf(AutoModel, str(bert))
+    assert capfd.readouterr().err == ""
+    AutoModel.from_pretrained(bert)
+    assert "Loading weights" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------ scores that are NaN

@@ -92,6 +92,13 @@ def sampled(world):
 
 
 @pytest.fixture(scope="module")
+def sampled_again(world):
+    """By round 2."""
+    sampling(world, world / "samples-round2", "--round", 2)
+    return world / "samples-round2"
+
+
+@pytest.fixture(scope="module")
 def paired(world, sampled):
     scoring(world, sampled, world / "pairs")
     return world / "pairs"
@@ -198,10 +205,9 @@ def test_shards_do_not_depend_on_the_batch(world, sampled, paired, monkeypatch):
             assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_other_rounds_and_seeds_give_other_samples(world, sampled):
-    sampling(world, world / "samples-round2", "--round", 2)
+def test_other_rounds_and_seeds_give_other_samples(sampled, sampled_again):
     first = tensors_of(read_jsonl(sampled / "samples.jsonl", Sample)[0])
-    second = tensors_of(read_jsonl(world / "samples-round2" / "samples.jsonl", Sample)[0])
+    second = tensors_of(read_jsonl(sampled_again / "samples.jsonl", Sample)[0])
     assert torch.equal(first["image"], second["image"])
     assert not torch.equal(first["images"], second["images"])
 
@@ -358,8 +364,8 @@ def test_reencoded_scores(world, sampled):
         assert answers == s.answers
 
 
-def test_second_round_meets_the_first(world, sampled, paired):
-    scoring(world, world / "samples-round2", world / "pairs2", "--previous", paired / "pairs.jsonl")
+def test_second_round_meets_the_first(world, sampled_again, paired):
+    scoring(world, sampled_again, world / "pairs2", "--previous", paired / "pairs.jsonl")
     before = {p.id: p for p in read_jsonl(paired / "pairs.jsonl", Pair)}
     after = read_jsonl(world / "pairs2" / "pairs.jsonl", Pair)
     assert any(p.id in before for p in after)

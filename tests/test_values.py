@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,6 +198,31 @@ def test_broken_exif_is_no_rotation(tmp_path):
     assert value_of(tmp_path / "a.png") == [10, 200, 30]
     picture.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff broken", quality=100)
     assert np.allclose(value_of(tmp_path / "a.jpg"), [10, 200, 30], atol=3)
+
+
+def test_pillow_warns_of_nothing(tmp_path, recwarn):
+    """About pictures that can be read: broken EXIF, transparency of a palette, many pixels."""
+    warnings.simplefilter("always")
+    picture = Image.new("RGB", (20, 30), (10, 200, 30))
+    cut = Image.Exif()
+    cut[0x0112] = 1
+    cut[0x010E] = "a description that is cut"
+    picture.save(tmp_path / "exif.jpg", exif=cut.tobytes()[:-12], quality=100)
+    picture.convert("P").save(tmp_path / "palette.png", transparency=bytes(range(9)))
+    Image.new("1", (9600, 9600)).save(tmp_path / "large.png")
+    with pytest.warns(UserWarning, match="Truncated File Read"):
+        Image.open(tmp_path / "exif.jpg").getexif()
+    with pytest.warns(UserWarning, match="Palette images with Transparency"):
+        Image.open(tmp_path / "palette.png").convert("RGB")
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(tmp_path / "large.png")
+    recwarn.clear()
+    assert np.allclose(value_of(tmp_path / "exif.jpg"), [10, 200, 30], atol=3)
+    assert load_image(tmp_path / "palette.png", 16).shape == (3, 16, 16)
+    assert value_of(tmp_path / "large.png") == [0, 0, 0]
+    for name in ("exif.jpg", "palette.png", "large.png"):
+        read_picture(tmp_path / name, upright=True)
+    assert recwarn.list == []
 
 
 def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):

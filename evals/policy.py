@@ -17,7 +17,7 @@ from hermesflow.inputs import read_records
 from hermesflow.options import ImageSampling
 from hermesflow.pictures import load_image, save_picture, to_pil
 from hermesflow.records import Record
-from hermesflow.runs import map_records, processes
+from hermesflow.runs import from_main, map_records, processes, wait_until
 from hermesflow.sampling import TextRequest, stable_seed
 
 
@@ -91,11 +91,13 @@ def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageS
         return [{"id": images.id} for images in chunk]
 
     def draw(wanted: list[tuple]) -> None:
-        missing = []
         for id, text, files in wanted:
             require(text.strip(), files[0], f"the text to draw here is empty ({label}, id {id!r})")
-            if not all(f.exists() for f in files):
-                missing.append(ImageFiles(id, text, files))
+
+        def absent() -> list[ImageFiles]:
+            return [ImageFiles(*w) for w in wanted if not all(f.exists() for f in w[-1])]
+
+        missing = from_main(absent)
         if missing:
             # the files say what is drawn: one that was removed since is drawn again
             state = processes()
@@ -105,6 +107,7 @@ def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageS
             map_records(generate, missing, out, batch, f"draw for {label}",
                         length=lambda images: model.prompt_length(images.text))
         leave_to_the_main_process()
+        wait_until(lambda: not absent(), out)
 
     return draw
 

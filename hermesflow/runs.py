@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from hermesflow.files import InputError, holdings, parse_json, reason, share, writing
@@ -16,6 +19,7 @@ from hermesflow.outputs import Output, complete, prepare
 
 # that a process waits for another: a slow disk or a long caption is no failure
 PATIENCE = timedelta(hours=24)
+SETTLING = 120  # seconds that a shared disk may take to show what another process has written
 PART_BYTES = 2**30  # at which a process starts another file
 
 
@@ -30,6 +34,37 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def from_main(make: Callable):
+    """make() of the main process, on all of them; an InputError too.
+
+    A shared disk may show other processes older files, on which they must not decide anything.
+    """
+    found = error = None
+    if processes().is_main_process:
+        try:
+            found = make()
+        except InputError as raised:
+            error = raised
+    found, error = broadcast_object_list([found, error])
+    if error:
+        raise error
+    return found
+
+
+def wait_until(there: Callable[[], bool], path: Path) -> None:
+    """Wait for what another process has written to `path`.
+
+    Raises InputError if it is still not there after SETTLING seconds.
+    """
+    end = time.monotonic() + SETTLING
+    while not there():
+        if time.monotonic() > end:
+            message = f"what another process has written is not seen here after {SETTLING} seconds"
+            raise InputError(f"{path}: {message}; is the folder shared? The same command continues "
+                             "from here")
+        time.sleep(1)
+
+
 def prepare_output(output: Output) -> bool:
     """Take the output folder for this run; False if there is nothing to do.
 
@@ -37,12 +72,15 @@ def prepare_output(output: Output) -> bool:
     """
     check_device(output.args.get("device"))
     state = processes()
-    if complete(output):
-        return False
-    state.wait_for_everyone()  # everybody has seen that it is not
-    if state.is_main_process:
+
+    def take() -> bool:
+        if complete(output):
+            return False
         prepare(output)
-    state.wait_for_everyone()
+        return True
+
+    if not from_main(take):
+        return False
     if not state.is_main_process:
         share(output.folder, state.process_index)
     return True
@@ -91,9 +129,11 @@ class Results(Sequence):
         if isinstance(i, slice):
             return [self[k] for k in range(len(self))[i]]
         id = self.ids[i]
-        if id in self.parts.places:
-            return self.parts.read(id)
-        return self.earlier[self.earlier_places[id]]
+        if id in self.earlier_places and id not in self.parts.places:
+            return self.earlier[self.earlier_places[id]]
+        if id not in self.parts.places:  # another process has written it
+            self.parts.wait_for(id for id in self.ids if id not in self.earlier_places)
+        return self.parts.read(id)
 
 
 class Parts:
@@ -105,13 +145,29 @@ class Parts:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = sorted(folder.glob("*.log"))
+        self.own = None
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """id -> number of the file, and bytes from its start; of the results that are seen now."""
+        self.files = sorted(self.folder.glob("*.log"))
         self.opened = {}
-        self.places = {}  # id -> number of the file, and bytes from its start
+        places = {}
         for number, file in enumerate(self.files):
             for id, place in self.scan(file):
-                self.places[id] = number << 40 | place
-        self.own = None
+                places[id] = number << 40 | place
+        return places
+
+    def wait_for(self, ids: Iterable[str]) -> None:
+        """Raises InputError if results that other processes have written are not seen in time."""
+        ids = set(ids)
+
+        def there() -> bool:
+            del self.places  # look again
+            return ids <= self.places.keys()
+
+        if not ids <= self.places.keys():
+            wait_until(there, self.folder)
 
     def scan(self, file: Path) -> Iterator[tuple[str, int]]:
         place = 0
@@ -133,12 +189,22 @@ class Parts:
         """Raises InputError if the output folder was removed or replaced, or the disk is full."""
         lines = [f"{r['id']}\t{json.dumps(r, allow_nan=False)}\n" for r in results]
         with writing(self.folder):
-            if self.own is None or self.own.tell() > PART_BYTES:
+            if self.own and self.own.tell() > PART_BYTES:
+                self.close()
+            if self.own is None:
                 self.own = self.new_file(rank)
             for holding in holdings(self.folder):
                 holding.check()
             self.own.write("".join(lines).encode())
             self.own.flush()
+
+    def close(self) -> None:
+        """On a shared disk, others see what a file holds when it is closed."""
+        if self.own:
+            with writing(self.folder):
+                os.fsync(self.own.fileno())
+                self.own.close()
+        self.own = None
 
     def new_file(self, rank: int):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,8 +232,11 @@ def map_records(function: Callable[[list], list[dict]], records: Sequence, out, 
     parts = Parts(folder)
     known = set(earlier.ids) if earlier else set()
     ids = ids_of(records)
-    todo = [i for i, id in enumerate(ids) if id not in parts.places and id not in known]
-    state.wait_for_everyone()  # all processes see the same parts before anyone adds to them
+
+    def missing() -> list[int]:
+        return [i for i, id in enumerate(ids) if id not in parts.places and id not in known]
+
+    todo = from_main(missing)
     if length:
         lengths = [length(records[i]) for i in todo]
         todo = [i for _, i in sorted(zip(lengths, todo))]
@@ -180,6 +249,7 @@ def map_records(function: Callable[[list], list[dict]], records: Sequence, out, 
             chunk = [records[i] for i in own[start : start + batch]]
             parts.append(function(chunk), state.process_index)
             bar.update(len(chunk))
+    parts.close()
     state.wait_for_everyone()
     if not state.is_main_process:
         return None

@@ -6,7 +6,7 @@ another micro-batch, sharded or not. Nothing random is drawn in training, so it 
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hermesflow.files import (InputError, claim, parse_json, read_object, read_text, reason, remove,
                               write_text, writing)
-from hermesflow.runs import say
+from hermesflow.runs import from_main, say, wait_until
 from hermesflow.tables import load_tensors, save_tensors
 
 FILE_BYTES = 2**28  # of a state: of a sharded network, so much is put together at once
@@ -135,18 +135,31 @@ class State:
 
         Log lines of steps to be done again are removed.
         """
-        if self.accelerator.is_main_process and (self.new / "step").exists():
-            self.replace()  # it was killed while it did
-        self.accelerator.wait_for_everyone()
-        step = 0
-        if self.folder.exists():
+        step = from_main(lambda: self.last_step(steps))
+        if step:
+            wait_until(lambda: self.shows(step), self.folder)
             with undamaged(self.folder):
-                step = int(read_text(self.folder / "step"))
-                if not 0 < step < steps:
-                    raise ValueError(f"step {step} of {steps}")
                 self.load(read_object(self.folder / "rest.json"))
-        cut_log(self.out / "train.jsonl", step, self.accelerator)
+        from_main(lambda: cut_log(self.out / "train.jsonl", step))
         return step
+
+    def last_step(self, steps: int) -> int:
+        """The step of the last state, or 0 if there is none."""
+        if (self.new / "step").exists():
+            self.replace()  # it was killed while it did
+        if not self.folder.exists():
+            return 0
+        with undamaged(self.folder):
+            step = int(read_text(self.folder / "step"))
+            if not 0 < step < steps:
+                raise ValueError(f"step {step} of {steps}")
+        return step
+
+    def shows(self, step: int) -> bool:
+        """Whether the state that this process sees is the one of `step`."""
+        with suppress(InputError, ValueError):  # not there yet, or just replaced
+            return int(read_text(self.folder / "step")) == step
+        return False
 
     @torch.no_grad()
     def load(self, rest: dict) -> None:
@@ -184,7 +197,7 @@ def like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-def cut_log(file: Path, steps: int, accelerator: Accelerator) -> None:
+def cut_log(file: Path, steps: int) -> None:
     """Keep the first `steps` lines. Raises InputError if they are not there."""
     lines = []
     if steps:
@@ -193,6 +206,5 @@ def cut_log(file: Path, steps: int, accelerator: Accelerator) -> None:
             found = [parse_json(line, str(file))["step"] for line in lines]
             if found != list(range(steps)):
                 raise ValueError(f"not the {steps} steps that OUT/state has done")
-    accelerator.wait_for_everyone()  # all have read it
-    if accelerator.is_main_process and file.exists():
+    if file.exists():
         write_text(file, "".join(lines))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hermesflow.files import InputError, reason, remove
 from hermesflow.records import Pair
-from hermesflow.runs import PATIENCE, Parts
+from hermesflow.runs import PATIENCE, Parts, from_main
 from hermesflow.sampling import stable_seed
 from hermesflow.states import State, undamaged
 from hermesflow.tables import load_tensors, save_tensors
@@ -145,9 +145,12 @@ class ReferenceFile:
         self.flushed = time.monotonic()
 
     def exists(self) -> bool:
-        return self.path.exists()
+        return from_main(self.path.exists)
 
     def load(self) -> torch.Tensor:
+        return from_main(self.read)
+
+    def read(self) -> torch.Tensor:
         with undamaged(self.path):
             logps = load_tensors(self.path)["logps"]
             if logps.shape != (self.visits, 2, 2) or not logps.isfinite().all():
@@ -158,13 +161,8 @@ class ReferenceFile:
         """The micro-batches of this process that are still to be computed."""
         rank = self.accelerator.process_index
         processes = self.accelerator.num_processes
-        with undamaged(self.folder):
-            self.parts = Parts(self.folder)
-        known = self.parts.places
-        everything = cut(range(self.visits), size)
-        todo = [at for at in everything if not all(str(visit) in known for visit in at)]
-        # all processes see the same parts before anyone adds to them
-        self.accelerator.wait_for_everyone()
+        self.parts = Parts(self.folder)
+        todo = from_main(lambda: self.todo(size))
         bar = tqdm(range(0, len(todo), processes), desc="reference",
                    disable=not self.accelerator.is_main_process)
         interruptions.waits = True
@@ -177,6 +175,13 @@ class ReferenceFile:
                 interruptions.end(number, "while the reference was computed")
         interruptions.waits = False
         self.flush()
+
+    def todo(self, size: int) -> list[range]:
+        """The micro-batches of all processes that are still to be computed."""
+        with undamaged(self.folder):
+            known = self.parts.places
+        everything = cut(range(self.visits), size)
+        return [at for at in everything if not all(str(visit) in known for visit in at)]
 
     def add(self, at: range, logps: torch.Tensor, ids: list[str]) -> None:
         """logps: (B, 2, 2) of the visits `at`, of the records `ids`."""
@@ -199,17 +204,19 @@ class ReferenceFile:
 
     def save(self) -> None:
         """Put together what all processes have found."""
-        self.parts = None  # which closes its file
+        self.parts.close()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            logps = torch.zeros(self.visits, 2, 2)
-            with undamaged(self.folder):
-                parts = Parts(self.folder)
-                for visit in range(self.visits):
-                    logps[visit] = torch.tensor(parts.read(str(visit))["logps"])
-            save_tensors(self.path, {"logps": logps})
-            remove(self.folder)
-        self.accelerator.wait_for_everyone()
+        from_main(self.put_together)
+
+    def put_together(self) -> None:
+        parts = Parts(self.folder)
+        parts.wait_for(map(str, range(self.visits)))
+        logps = torch.zeros(self.visits, 2, 2)
+        with undamaged(self.folder):
+            for visit in range(self.visits):
+                logps[visit] = torch.tensor(parts.read(str(visit))["logps"])
+        save_tensors(self.path, {"logps": logps})
+        remove(self.folder)
 
 
 # ------------------------------------------------------------------------------------------- steps

@@ -11,7 +11,7 @@ if [ $# -gt 0 ] || [ -z "$OUT" ]; then
 fi
 export OMP_NUM_THREADS=1
 if [ ! -f "$OUT/world/records.jsonl" ]; then
-  python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/world" > /dev/null
+  python toy/world.py --split validation --n 600 --seed 0 --out "$OUT/world" > /dev/null
 fi
 
 evaluate() {  # evaluate NAME OPTIONS

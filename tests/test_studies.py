@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -366,6 +367,50 @@ def test_faults_are_those_of_the_drawn_codes(tmp_path, monkeypatch):
     assert found == {"objects missing": 1, "another object": 1}
 
 
+def draw_at(monkeypatch, tmp_path, right: dict[float, list[list[int]]]) -> None:
+    """Stages of a study that drew, at a guidance, these drawings of each of its records right."""
+    caption = "a big red ring"
+    questions = [Question(**q) for q in world.questions(caption)]
+    good, bad = (np.full((4, 4), world.EMPTY) for _ in range(2))
+    good[0, 0] = world.NAMES["big red ring"]
+
+    def step(number, options, **paths):
+        if number == "02":
+            return paths["samples"]
+        return tmp_path / options.split("--guidance ")[-1]
+
+    def read(file, _):
+        scale = float(file.parent.name)
+        if file.name == "samples.jsonl":
+            return [SimpleNamespace(caption=caption, questions=questions, drawn=drawn)
+                    for drawn in right[scale]]
+        # the policy is wrong about its first drawing
+        return [SimpleNamespace(image_scores=[0.0, *drawn[1:]]) for drawn in right[scale]]
+
+    monkeypatch.setattr(loop, "records", lambda *_: None)
+    monkeypatch.setattr(loop, "load", lambda _: None)
+    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(loop, "read_jsonl", read)
+    monkeypatch.setattr(loop, "tensors_of", lambda sample: {"images": sample.drawn})
+    monkeypatch.setattr(switches, "grids", lambda _, drawn: [good if d else bad for d in drawn])
+
+
+def test_every_policy_draws_at_its_own_best_guidance(monkeypatch, tmp_path):
+    draw_at(monkeypatch, tmp_path, {0: [[0], [1]], 0.25: [[1], [1]], 0.5: [[1], [1]],
+                                    1: [[0], [0]], 2: [[0], [1]]})
+    assert loop.best_guidance("a policy", 0) == 0.25
+    assert (tmp_path / "2.right").read_text() == "1"
+
+
+def test_the_best_of_eight_is_chosen_by_self_score(monkeypatch, tmp_path):
+    draw_at(monkeypatch, tmp_path, {0.5: [[1, 0, 0], [0, 0, 1], [0, 1, 0]]})
+    monkeypatch.setattr(loop, "best_guidance", lambda *_: 0.5)
+    found = loop.best_of_8("another policy", 0)
+    questions = len(world.questions("a big red ring"))
+    assert found["everything"] == [1, 1, 1]  # of the first, all scores are equal
+    assert found["drawn"] == [questions] * 3 and not found["faults"]
+
+
 def test_renewed_records(tmp_path, monkeypatch):
     """Rounds of n captions each together are the first records of a seed, none twice."""
     monkeypatch.setattr(loop, "RUNS", tmp_path)
@@ -379,8 +424,8 @@ def test_renewed_records(tmp_path, monkeypatch):
     for r in (1, 2):
         by_round += read(loop.records("preference", 3 * r, 0, 3 * (r - 1)))
     assert by_round == read(loop.records("preference", 6, 0))
-    unseen = read(loop.records("eval", 12, 0, 7))
-    assert unseen == read(tmp_path / "eval-12-0" / "records.jsonl")[7:]
+    rest = read(loop.records("test", 12, 0, 7))
+    assert rest == read(tmp_path / "test-12-0" / "records.jsonl")[7:]
 
 
 # ------------------------------------------------------------------------------------------- tables

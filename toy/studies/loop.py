@@ -117,25 +117,18 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
     return out
 
 
-def records(split: str, n: int, seed: int, start: int = 0) -> Path:
-    """The first n records of a split in the order of a seed, or those from `start` on."""
+def records(split: str, n: int, seed: int) -> Path:
+    """The first n records of a split in the order of a seed."""
     folder = RUNS / f"{split}-{n}-{seed}"
-    file = folder / "records.jsonl"
-    part = folder / f"from-{start}.jsonl"
     with exclusive(folder):
-        if not file.exists():
+        if not (folder / "records.jsonl").exists():
             world.records(split, n, seed, str(folder))
-        if start and not part.exists():
-            lines = read_text(file).splitlines(keepends=True)
-            part.write_text("".join(lines[start:]), encoding="utf-8")
-    return part if start else file
+    return folder / "records.jsonl"
 
 
 # -------------------------------------------------------------------------------------- evaluations
 
-# evaluations of another kind: on other records than the test's; of one drawing out of eight
-TRAINING = "captions of the training records"
-BEST_OF_8 = "best of 8 by self-score"
+BEST_OF_8 = "best of 8 by self-score"  # an evaluation of one drawing out of eight
 SCALES = (0, 0.25, 0.5, 1, 2)  # of guidance, from which every policy gets its own
 NO_CAPTIONS = "--captions 1 --max-new-tokens 1 --batch 64 --show 0"
 
@@ -191,20 +184,19 @@ def best_guidance(model, seed: int) -> float:
 def evaluate(model, seed: int, evaluation: str = "") -> dict:
     """What a checkpoint does on 600 test records, which nothing was chosen on.
 
-    evaluation: options of stage 4, TRAINING or BEST_OF_8. Without a guidance, it draws at its own
-    best one. Per record, in their order: questions answered right about real image and drawing, of
-    how many; whole drawing right; caption score in thousandths. Then the guidance, the mean number
-    of words of a caption, and the faults of wrong drawings.
+    evaluation: options of stage 4, or BEST_OF_8. Without a guidance, it draws at its own best one.
+    Per record, in their order: questions answered right about real image and drawing, of how many;
+    whole drawing right; caption score in thousandths. Then the guidance, the mean number of words
+    of a caption, and the faults of wrong drawings.
     """
     if evaluation == BEST_OF_8:
         return evaluate(model, seed) | best_of_8(model, seed)
-    data = records("preference", 512, seed) if evaluation == TRAINING else records("test", 600, 0)
-    options = "" if evaluation == TRAINING else evaluation
+    options = evaluation
     if "--guidance" not in options:
         options += f" --guidance {best_guidance(model, seed)}"
     scale = float(options.split("--guidance")[1].split()[0])
     options = f"--seed {seed} {DEFAULTS['EVAL']} {options}"
-    folder = step("04", options, model=model, records=data)
+    folder = step("04", options, model=model, records=records("test", 600, 0))
     rows = list(read_jsonl(folder / "answers.jsonl", EvalRecord))
     words = [len(r.caption.split()) for r in rows]
     return {
@@ -258,20 +250,17 @@ def training_figures(folder: Path, pairs: Path) -> dict:
 
 
 def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="",
-         training="", fixed_reference=False, self_play=False, captions=512, renewed=False):
+         training="", fixed_reference=False, self_play=False):
     """n rounds of self-play.
 
     sample, score, dpo: options of the stages that differ from configs/toy.sh; sampling, scoring,
-    training: switches of these stages. self_play: pairs by Eq. 9–10; captions: the number of
-    records in a round; renewed: every round has its own. Yields, for every round, the policy it
-    starts from and the folders of samples, pairs and training.
+    training: switches of these stages. self_play: pairs by Eq. 9–10. Yields, for every round, the
+    policy it starts from and the folders of samples, pairs and training.
     """
     policy = Path(base)
     previous = {}
     for r in range(1, n + 1):
-        train = records("preference", captions, seed)
-        if renewed:
-            train = records("preference", captions * r, seed, captions * (r - 1))
+        train = records("preference", 512, seed)
         run = f"--round {r} --seed {seed}"
         samples = step("01", f"{run} {DEFAULTS['SAMPLE']} {sample}", sampling,
                        model=policy, records=train)

@@ -1,4 +1,4 @@
-"""Main result: five rounds with the toy's settings, five seeds (data, sampling, order), one base.
+"""Main result: five rounds with the toy's settings, three seeds (data, sampling, order), one base.
 
     python toy/studies/main_result.py        # or --tables
 """
@@ -57,4 +57,4 @@ def paired(results: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    loop.study("main_result", VARIANTS, against="Pair-DPO", seeds=(0, 1, 2, 3, 4), more=paired)
+    loop.study("main_result", VARIANTS, against="Pair-DPO", more=paired)

@@ -206,8 +206,8 @@ def forest(results: dict, against: str) -> str:
     for dots in lines.values():
         shown |= {dot[0] for dot in dots}
     for i, round_ in enumerate(name for name in SHADES if name in shown):
-        dot = f'<circle cx="{430 + 90 * i}" cy="{height + 10}" r="5" fill="{SHADES[round_]}"/>'
-        parts.append(dot + text(440 + 90 * i, height + 14, round_, grey))
+        dot = f'<circle cx="{430 + 78 * i}" cy="{height + 10}" r="5" fill="{SHADES[round_]}"/>'
+        parts.append(dot + text(440 + 78 * i, height + 14, round_, grey))
     return "\n".join(parts) + "</svg>\n"
 
 

@@ -1,4 +1,4 @@
-"""Main result: five rounds with the toy's settings, three seeds (data, sampling, order), one base.
+"""Main result: three rounds with the toy's settings, three seeds (data, sampling, order), one base.
 
     python toy/studies/main_result.py        # or --tables
 """
@@ -10,10 +10,10 @@ import numpy as np
 import loop
 from tables import METRICS, RIGHT, faults, interval, markdown, metrics
 
-ROUNDS = ("base", "round1", "round2", "round3", "round4", "round5")
+ROUNDS = ("base", "round1", "round2", "round3")
 STEPS = [*zip(ROUNDS, ROUNDS[1:]), (ROUNDS[0], ROUNDS[-1])]
 GAP = METRICS.index("gap")
-VARIANTS = {"Pair-DPO": dict(n=5)}
+VARIANTS = {"Pair-DPO": dict(n=3)}
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> str:

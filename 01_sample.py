@@ -224,8 +224,8 @@ def caption_image(model: Model, file: str, count: int, settings: list[tuple], ma
     """Print `count` captions of one image file."""
     codes = model.encode_image(load_image(file, model.image_size)[None])
     tokens = partial(tqdm, desc="caption", unit="token")
-    captions = sample_captions(model, codes, ["image"], count, settings, max_new_tokens, seed,
-                               progress=tokens)[0]
+    captions = sample_captions(model, model.looked_at(codes, [file]), ["image"], count, settings,
+                               max_new_tokens, seed, progress=tokens)[0]
     for k, caption in enumerate(captions):
         top_k, temperature = settings[k % len(settings)]
         print(f"top-k {top_k:<3} temperature {temperature:<4} {model.decode_text(caption.ids)}")
@@ -267,7 +267,8 @@ def main(args):
             results += [{"id": r.id, "skipped": reason} for reason in reasons or []]
         if good:
             codes = model.encode_image(torch.stack(pixels))
-            captions = sample_captions(model, codes, [r.id for r in good], args.captions,
+            seen = model.looked_at(codes, [r.image for r in good])
+            captions = sample_captions(model, seen, [r.id for r in good], args.captions,
                                        args.caption_settings, args.max_new_tokens, seed)
             images = sample_images(model, good, args.images, sampling, seed)
             for i, r in enumerate(good):

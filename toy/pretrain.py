@@ -67,7 +67,8 @@ from hermesflow.pictures import to_pil
 from hermesflow.records import CAPTION_QUESTION, Question, vqa_question
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.showo import (Segment, Showo, Tokens, answer_segment,
-                              decay_groups, image_segment, pack)
+                              image_segment, pack)
+from hermesflow.training import decay_groups
 from model import Model, save
 from toy import world
 

@@ -22,6 +22,7 @@ from hermesflow.magvit import Magvit, load_magvit, save_magvit
 from hermesflow.options import BACKBONES, IMAGE_TOKENIZER, TEXT_TOKENIZER, ImageSampling
 from hermesflow.packed import (ImageBatch, LogProbs, Pack, Segment, TextBatch, answer_segment, pack,
                                responses_only)
+from hermesflow.pictures import load_image
 from hermesflow.prefixes import GuidedLogits, write_texts
 from hermesflow.runs import processes
 from hermesflow.sampling import Generated, TextRequest, maskgit_decode, random_mask, uniforms
@@ -61,9 +62,11 @@ class Model:
         """(B, N) codes -> (B, 3, H, W) pixels, about [-1, 1]."""
         return torch.cat([self.vq.decode(c.to(self.device)) for c in codes.split(1)])
 
-    def looked_at(self, codes: torch.Tensor, files: list) -> torch.Tensor:
-        """What texts about these images are behind: their codes (B, N), or what the files hold."""
-        return codes
+    def looked_at(self, files: list, codes: torch.Tensor | None = None) -> torch.Tensor:
+        """What texts about image files are behind: their codes (B, N), if those are known."""
+        if codes is not None:
+            return codes
+        return torch.stack([load_image(file, self.image_size) for file in files])  # (B, 3, H, W)
 
     def codes_of(self, images: torch.Tensor) -> torch.Tensor:
         return self.encode_image(images) if images.is_floating_point() else images

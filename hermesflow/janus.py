@@ -16,7 +16,7 @@ from hermesflow.janus_net import Janus, Tokens
 from hermesflow.options import ImageSampling
 from hermesflow.packed import (ImageBatch, LogProbs, Pack, Segment, TextBatch, answer_segment, pack,
                                responses_only)
-from hermesflow.pictures import load_image
+from hermesflow.pictures import open_image
 from hermesflow.prefixes import write_texts
 from hermesflow.sampling import Generated, TextRequest, uniforms
 from hermesflow.weights import convert
@@ -70,9 +70,13 @@ class Model:
         """(B, N) codes -> (B, 3, H, W) pixels, about [-1, 1]."""
         return torch.cat([self.vq.decode(c.to(self.vq.device)) for c in codes.split(1)])
 
-    def looked_at(self, codes: torch.Tensor, files: list) -> torch.Tensor:
-        """What texts about these images are behind: their pixels, which codes keep only in part."""
-        return torch.stack([load_image(file, self.image_size) for file in files])
+    def looked_at(self, files: list, codes: torch.Tensor | None = None) -> torch.Tensor:
+        """What texts about image files are behind: whole pictures, of which codes keep a part.
+
+        (B, 3, H, W) in [-1, 1], fitted as the checkpoint's processor says: the rest is grey.
+        """
+        values = self.processor.image_processor(list(map(open_image, files)), return_tensors="pt")
+        return (values.pixel_values * self.std + self.mean) * 2 - 1
 
     def pixels_of(self, images: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) as the 8-bit pixels of a picture, pixels in [-1, 1] -> as SigLIP wants."""
@@ -142,9 +146,9 @@ class Model:
 
     def pack_text(self, batch: TextBatch) -> Pack:
         """An image, and behind it the question with each response."""
-        all_ended = [[True] * len(responses) for responses in batch.responses]
+        ended = batch.ended or [[True] * len(responses) for responses in batch.responses]
         rows = []
-        for prompt, *texts in zip(batch.prompts, batch.responses, batch.ended or all_ended):
+        for prompt, *texts in zip(batch.prompts, batch.responses, ended):
             question = self.tokens.text_prompt(prompt)
             row = [Segment(self.tokens.look.head)]
             for ids, has_ended in zip(*texts):
@@ -156,9 +160,12 @@ class Model:
     def pack_images(self, batch: ImageBatch) -> Pack:
         """A text, and behind it its images; for guidance, behind no text, too.
 
-        The prompt's last token, which begins an image, predicts the first code: each has its own.
+        The prompt's last token, which begins an image, predicts its first code.
         """
-        cond = [self.tokens.t2i_prompt(p) for p in batch.prompts]
+        cond = []
+        for prompt, text in zip(batch.prompts, batch.texts or batch.prompts):
+            ids = self.tokens.t2i_prompt(text)
+            cond.append(ids if prompt else self.tokens.without(ids))
 
         def behind(prompts: list[list[int]]) -> Pack:
             rows = []
@@ -192,8 +199,7 @@ def load(name, _, image_tokenizer=None, text_tokenizer=None, device="cpu",
     Raises InputError naming what is missing or does not fit.
     """
     if image_tokenizer or text_tokenizer:
-        raise InputError(f"{name}: Janus has its own tokenizers; --image-tokenizer and "
-                         "--text-tokenizer are for Show-o")
+        raise InputError(f"{name}: Janus has its own tokenizers, and takes no others")
     config = load_hf(AutoConfig, name)
     check_config(config, f"{name}/config.json")
     text = config.text_config
@@ -202,7 +208,10 @@ def load(name, _, image_tokenizer=None, text_tokenizer=None, device="cpu",
         for field in vars(part):
             if "dropout" in field:
                 setattr(part, field, 0.0)
-    processor = load_hf(AutoProcessor, name)
+    processor = load_hf(AutoProcessor, name, backend="pil")  # the same pixels everywhere
+    if dict(processor.image_processor.size).get("height") != vision.image_size:
+        message = f"its processor's images are not {vision.image_size} pixels wide"
+        raise InputError(f"{name}: {message}, as config.json says")
     longest = text.max_position_embeddings - vision.num_image_tokens
     tokens = Tokens(processor, vision.num_image_tokens, longest, name)
     if len(tokens.tokenizer) > text.vocab_size:
@@ -225,15 +234,14 @@ def check_config(config, where: str) -> None:
         refuse(where, "text_config.model_type", "'llama'", text.model_type)
     for part in (text, vision):
         check_fields(vars(part), LAYERS, where)
-    sides = {"image_size": SIZE, "patch_size": SIZE, "num_image_tokens": SIZE}
-    check_fields(vars(vision), sides, where)
-    grid = vision.image_size // vision.patch_size
-    pixels = 2 ** (len(vq.channel_multiplier) - 1)  # of the tokenizer's patch
+    check_fields(vars(vision), dict.fromkeys(("image_size", "patch_size"), SIZE), where)
     D = text.hidden_size
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    patch = 2 ** (len(vq.channel_multiplier) - 1)  # of the image tokenizer
     for field, wanted, found in (
             ("text_config.num_key_value_heads", text.num_attention_heads, text.num_key_value_heads),
-            ("vision_config.num_image_tokens", grid**2, vision.num_image_tokens),
-            ("vision_config.patch_size", pixels, vision.patch_size),
+            ("vision_config.num_image_tokens", tokens, vision.num_image_tokens),
+            ("vision_config.patch_size", patch, vision.patch_size),
             ("vision_config.projection_dim", D, vision.projection_dim),
             ("vq_config.projection_dim", D, vq.projection_dim),
             ("vq_config.image_token_embed_dim", D, vq.image_token_embed_dim)):

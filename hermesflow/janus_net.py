@@ -102,6 +102,8 @@ class Tokens:
 class Janus(nn.Module):
     """transformers' Janus without its image tokenizer, which is not trained."""
 
+    _no_split_modules = ["LlamaDecoderLayer", "JanusVisionEncoderLayer"]  # what FSDP gathers
+
     def __init__(self, janus: JanusForConditionalGeneration, tokens: Tokens):
         super().__init__()
         self.janus = janus

@@ -50,6 +50,7 @@ class ImageBatch(NamedTuple):
     images: torch.Tensor
     masks: torch.Tensor | None
     guidance_scale: float = 0.0
+    texts: list[str] | None = None  # in whose place empty prompts are
 
 
 def responses_only(segments: tuple[torch.Tensor, torch.Tensor]) -> LogProbs:

@@ -95,6 +95,8 @@ class Showo(nn.Module):
     vocabulary.
     """
 
+    _no_split_modules = ["PhiDecoderLayer"]  # what FSDP gathers at a time
+
     def __init__(self, config: dict, phi: PhiConfig, tokens: Tokens):
         super().__init__()
         phi.qk_layernorm = True  # the original forces this and the vocabulary's size

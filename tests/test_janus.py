@@ -1,6 +1,7 @@
 """Janus: equal to transformers' own generate and forward, and the four stages over it."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -11,17 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
+from bench.kills import torchrun
 from conftest import ROOT, main, results_of, stage
+from hermesflow import janus
 from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
 from hermesflow.options import ImageSampling, is_whole
-from hermesflow.packed import ImageBatch, TextBatch
-from hermesflow.pictures import to_pil
+from hermesflow.outputs import run_main
+from hermesflow.packed import TextBatch
+from hermesflow.pictures import load_image, to_pil
 from hermesflow.records import Pair, Sample
 from hermesflow.sampling import TextRequest
-from hermesflow.tables import load_tensors, tensors_of
+from hermesflow.tables import tensors_of
 from model import load, save
 from tiny_janus import save_tiny
 
@@ -251,3 +257,304 @@ def test_a_checkpoint_is_transformers_own(policy, theirs, folder, tmp_path):
     save(load(tmp_path / "saved"), tmp_path / "again")
     assert results_of(tmp_path / "again") == results_of(tmp_path / "saved")
     assert is_whole(str(tmp_path / "saved"))
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+SAMPLING = ("--captions", 3, "--max-new-tokens", 8, "--images", 3, "--guidance", 1.5, "--show", 1)
+SCORING = ("--min-image-score", 0, "--max-new-tokens", 3, "--show", 1)
+TRAINING = ("--steps", 3, "--batch", 4, "--micro-batch", 2, "--lr", 1e-3, "--nll-gen", 0.1,
+            "--device", "cpu", "--save-every", 2, "--cond-dropout", 0.3)
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    """Six pictures of different sizes, with captions and questions."""
+    rng = np.random.default_rng(1)
+    lines = []
+    for i, size in enumerate([(30, 20), (97, 211), (64, 64), (64, 48), (12, 80), (16, 16)]):
+        small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        questions = []
+        for word in ("ring", "blue", "left"):
+            choices = ["blue", "small", "question", "this of"]
+            questions.append({"question": f"is it {word}?", "choices": choices, "answer": "blue"})
+        caption = " ".join(["a", "big", "red", "ring", "left", "of", "blue"][i % 3 : 5 + i % 2])
+        lines.append({"id": f"r{i}", "image": f"{i}.png", "caption": caption,
+                      "questions": questions})
+    file = folder / "records.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def run_sample(records, out, *more):
+    main(sample, "--records", records, "--model", records.parent / "base", "--out", out,
+         *SAMPLING, *more)
+    return out
+
+
+def run_score(records, samples, out, *more):
+    main(score, "--model", records.parent / "base", "--samples", samples, "--out", out, *SCORING,
+         *more)
+    return out
+
+
+def run_train(records, pairs, out, *more):
+    main(dpo, "--model", records.parent / "base", "--pairs", pairs / "pairs.jsonl", "--out", out,
+         *TRAINING, *more)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sampled(records, folder):
+    return run_sample(records, folder / "samples")
+
+
+@pytest.fixture(scope="module")
+def paired(records, sampled, folder):
+    return run_score(records, sampled, folder / "pairs")
+
+
+@pytest.fixture(scope="module")
+def trained(records, paired, folder):
+    return run_train(records, paired, folder / "train")
+
+
+def read_log(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+
+
+def test_samples(policy, sampled):
+    samples = read_jsonl(sampled / "samples.jsonl", Sample)
+    assert samples.ids == [f"r{i}" for i in range(6)]
+    for s in samples:
+        tensors = tensors_of(s)
+        assert tensors["images"].shape == (3, 16)
+        texts = [policy.decode_text(ids[ids >= 0].tolist()) for ids in tensors["captions"]]
+        assert texts == s.captions
+
+
+def test_captions_are_of_the_picture_and_not_of_its_codes(policy, sampled):
+    s = read_jsonl(sampled / "samples.jsonl", Sample)[0]
+    codes = tensors_of(s)["image"][None]
+    pixels = policy.looked_at([s.image], codes)  # of 30 x 20: the rest is grey
+    expected = policy.processor.image_processor(Image.open(s.image), return_tensors="pt")
+    torch.testing.assert_close(policy.pixels_of(pixels), expected.pixel_values)
+    assert pixels[0, :, 0].abs().max() < 0.01 < pixels[0, :, 8].abs().mean()
+    assert torch.equal(policy.encode_image(load_image(s.image, 16)[None]), codes)
+    ids = policy.generate_text(pixels, [TextRequest(0, sample.CAPTION_QUESTION)], 8)[0].ids
+    first = tensors_of(s)["captions"][0]
+    assert ids == first[first >= 0].tolist()
+    assert not torch.allclose(policy.pixels_of(codes), policy.pixels_of(pixels), atol=0.1)
+
+
+def test_samples_and_pairs_do_not_depend_on_the_batch(records, sampled, paired, folder):
+    again = run_sample(records, folder / "samples-1", "--batch", 1)
+    assert results_of(again) == results_of(sampled)
+    again = run_score(records, sampled, folder / "pairs-6", "--batch", 6)
+    assert results_of(again) == results_of(paired)
+
+
+def test_scores(policy, paired):
+    pairs = read_jsonl(paired / "pairs.jsonl", Pair)
+    assert len(pairs) >= 2
+    assert all(p.win_image_score > p.lose_image_score for p in pairs)
+
+
+def test_training_begins_at_2_ln_2_and_learns(records, trained, tmp_path):
+    log = read_log(trained)
+    assert [line["step"] for line in log] == [0, 1, 2]
+    first = log[0]
+    assert first["loss_und"] + first["loss_gen"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert first["grad_norm"] > 0 and log[2]["loss"] < first["loss"]
+    before = JanusForConditionalGeneration.from_pretrained(records.parent / "base").state_dict()
+    after = JanusForConditionalGeneration.from_pretrained(trained / "checkpoint").state_dict()
+    for name, value in before.items():
+        same = torch.equal(after[name], value)
+        assert same == ("vqmodel" in name) or name == "model.language_model.embed_tokens.weight"
+
+
+@pytest.fixture
+def restored_precision():
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_training_with_guidance_and_checkpointing(records, paired, trained, tmp_path):
+    out = run_train(records, paired, tmp_path / "guided", "--guidance", 1.5, "--steps", 1)
+    assert read_log(out)[0]["loss_gen"] == pytest.approx(math.log(2), abs=1e-5)
+    out = run_train(records, paired, tmp_path / "out", "--gradient-checkpointing")
+    for ours, whole in zip(read_log(out), read_log(trained)):
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 3)])
+def test_training_in_bfloat16(records, paired, tmp_path, restored_precision, lora):
+    AcceleratorState._reset_state()
+    out = run_train(records, paired, tmp_path / "out", "--precision", "bf16", *lora)
+    log = read_log(out)
+    assert log[0]["loss_und"] + log[0]["loss_gen"] == pytest.approx(2 * math.log(2), abs=1e-3)
+    saved = load_file(out / "checkpoint" / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_adapters_become_an_ordinary_checkpoint(records, paired, tmp_path):
+    """Only the matrices of the language model's layers change, by at most the rank."""
+    pytest.importorskip("peft")
+    out = run_train(records, paired, tmp_path / "out", "--lora", 3, "--lr", 1e-2)
+    log = read_log(out)
+    assert log[0]["loss_und"] + log[0]["loss_gen"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert log[2]["loss"] < log[0]["loss"]
+    before = load_file(records.parent / "base" / "model.safetensors")
+    after = load_file(out / "checkpoint" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        inside = "language_model.layers" in name and value.ndim == 2
+        assert torch.equal(after[name], value) != inside
+        if inside:
+            assert torch.linalg.matrix_rank(after[name] - value, tol=1e-5) <= 3
+    with pytest.raises(InputError, match="--lora 33: the network is 32 wide"):
+        run_train(records, paired, tmp_path / "wide", "--lora", 33)
+
+
+@pytest.mark.parametrize("calls", [2, 8])
+def test_an_interrupted_training_continues(records, paired, trained, tmp_path, monkeypatch, calls):
+    """Killed while the reference is computed, and in the last step."""
+    real = janus.Model.pair_logps
+    seen = []
+
+    def pair_logps(self, *batches):
+        seen.append(1)
+        if len(seen) == calls:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *batches)
+
+    monkeypatch.setattr(janus.Model, "pair_logps", pair_logps)
+    with pytest.raises(SystemExit) as ended:
+        run_train(records, paired, tmp_path / "out")
+    assert ended.value.code == 128 + signal.SIGTERM
+    run_train(records, paired, tmp_path / "out")
+    assert results_of(tmp_path / "out") == results_of(trained)
+
+
+def test_a_picture_that_is_gone(records, paired, tmp_path):
+    """Training looks at the pictures again; a missing one ends in one line, before any step."""
+    pairs = shutil.copytree(paired, tmp_path / "pairs")
+    with pytest.raises(InputError, match=r"r?\d.png: .*No such file"):
+        run_train(records, pairs, tmp_path / "out")
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_previews(records, paired, trained, tmp_path):
+    out = run_train(records, paired, tmp_path / "out", "--preview-every", 3)
+    assert [p.name for p in (out / "previews").iterdir()] == ["000000.png", "000003.png"] or (
+        sorted(p.name for p in (out / "previews").iterdir()) == ["000000.png", "000003.png"])
+    assert read_log(out) == read_log(trained)
+
+
+@pytest.mark.parametrize("more", [("--judge", "self"), ("--judge", "self", "--dtype", "bfloat16")])
+def test_evaluation(records, trained, tmp_path, more):
+    out = tmp_path / "eval"
+    main(evaluation, "--records", records, "--model", trained / "checkpoint", "--out", out,
+         "--guidance", 1.5, "--show", 2, *more)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 0 <= metrics["understanding"]["mean"] <= 1
+
+
+def test_scores_by_likelihood_and_after_encoding_again(records, sampled, tmp_path):
+    out = run_score(records, sampled, tmp_path / "pairs", "--image-scorer", "likelihood",
+                    "--reencode")
+    assert read_jsonl(out / "pairs.jsonl", Pair)
+
+
+def launch(processes: int, script, *arguments):
+    command = torchrun(processes, script, *arguments)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_write_the_same(records, sampled, paired, folder):
+    base = ("--model", folder / "base")
+    launch(2, "01_sample.py", "--records", records, *base, "--out", folder / "samples-2", *SAMPLING)
+    launch(2, "02_score.py", "--samples", sampled, *base, "--out", folder / "pairs-2", *SCORING)
+    assert results_of(folder / "samples-2") == results_of(sampled)
+    assert results_of(folder / "pairs-2") == results_of(paired)
+
+
+def test_two_processes_train_the_same(records, paired, trained, folder):
+    arguments = ("--model", folder / "base", "--pairs", paired / "pairs.jsonl", *TRAINING)
+    launch(2, "03_pair_dpo.py", *arguments, "--out", folder / "train-2")
+    launch(2, "tests/fsdp_on_cpu.py", "03_pair_dpo.py", *arguments, "--out", folder / "train-fsdp")
+    for name in ("train-2", "train-fsdp"):
+        for line, expected in zip(read_log(folder / name), read_log(trained), strict=True):
+            assert line == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------- what does not fit
+
+
+def broken(folder, tmp_path, change):
+    """A copy of the checkpoint whose config.json was changed."""
+    copy = shutil.copytree(folder / "base", tmp_path / "broken")
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize("part, field, value, said", [
+    ("vision_config", "num_image_tokens", 15, "field 'vision_config.num_image_tokens' should be 16"),
+    ("vision_config", "patch_size", 8, "field 'vision_config"),
+    ("vision_config", "image_size", [16, 16], "cannot load as AutoConfig"),
+    ("vision_config", "projection_dim", 16, "field 'vision_config.projection_dim' should be 32"),
+    ("vision_config", "num_attention_heads", 0, "field 'num_attention_heads'"),
+    ("vq_config", "num_embeddings", 31, "cannot load as JanusForConditionalGeneration"),
+    ("vq_config", "projection_dim", "32", "cannot load as AutoConfig"),
+    ("vq_config", "channel_multiplier", [1, 1], "field 'vision_config.patch_size' should be 2"),
+    ("text_config", "model_type", "phi", "field 'text_config.model_type' should be 'llama'"),
+    ("text_config", "model_type", "no-such", "cannot load as AutoConfig"),
+    ("text_config", "num_key_value_heads", 1, "field 'text_config.num_key_value_heads' should be 2"),
+    ("text_config", "num_hidden_layers", 10**9, "field 'num_hidden_layers' should be"),
+    ("text_config", "hidden_size", "32", "cannot load as AutoConfig"),
+    ("text_config", "vocab_size", 10, "field 'text_config.vocab_size' is 10, the tokenizer has"),
+    ("text_config", "max_position_embeddings", 20, "leaves no room for a text"),
+    (None, "text_config", 3, "cannot load as AutoConfig")])
+def test_a_malformed_config_is_one_line(folder, tmp_path, capsys, part, field, value, said):
+    def change(config):
+        (config[part] if part else config)[field] = value
+
+    copy = broken(folder, tmp_path, change)
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: load(copy))
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith("error: ") and said in printed and str(copy) in printed
+
+
+def test_a_checkpoint_that_is_not_whole(folder, tmp_path):
+    copy = broken(folder, tmp_path, lambda config: None)
+    weights = load_file(copy / "model.safetensors")
+    name = "model.generation_head.vision_head.bias"
+    for value, said in ((torch.full_like(weights[name], torch.nan), "not finite numbers"),
+                        (None, "1 of 250 parameters are missing: model.generation_head.vision")):
+        changed = {k: v for k, v in weights.items() if k != name or value is not None}
+        if value is not None:
+            changed[name] = value
+        save_file(changed, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=said):
+            load(copy)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    (copy / "chat_template.jinja").write_text("{{ messages[0].nothing.at.all }}")
+    with pytest.raises(InputError, match="its chat template fails"):
+        load(copy)
+    (copy / "chat_template.jinja").write_text("nothing")
+    with pytest.raises(InputError, match="does not put an image before the text"):
+        load(copy)
+    with pytest.raises(InputError, match="Janus has its own tokenizers"):
+        load(folder / "base", image_tokenizer="showlab/magvitv2")
+
+
+def test_no_tokenizer_of_show_o_is_asked_for(folder, monkeypatch):
+    args = sample.parse_args(["--prompt", "a", "--model", str(folder / "base")])
+    assert sample.model_inputs(args) == {"model": str(folder / "base"), "image_tokenizer": None,
+                                         "text_tokenizer": None}

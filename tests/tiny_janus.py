@@ -52,18 +52,20 @@ def tiny_config(processor) -> JanusConfig:
                        image_token_id=tokenizer.image_token_id, tie_word_embeddings=False)
 
 
-def save_tiny(folder, seed: int = 0, spread: float = 6.0) -> None:
-    """Spread weights make decided choices."""
+def save_tiny(folder, seed: int = 0) -> None:
+    """Spread weights make decided choices, which depend on images, too."""
     processor = tiny_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     janus = JanusForConditionalGeneration(tiny_config(processor)).eval()
     with torch.no_grad():
         for name, p in janus.named_parameters():
-            if p.ndim == 2 and "vqmodel" not in name:
-                p.mul_(spread)
-            elif p.ndim == 1:
+            if p.ndim == 1:
                 p.add_(0.1 * torch.randn_like(p))
+            elif "embed" in name and "patch" not in name:
+                p.normal_()
+            else:
+                p.normal_(std=1.5 * p[0].numel() ** -0.5)
     how = janus.generation_config
     how._from_model_config = False
     how.bos_token_id, how.pad_token_id, how.eos_token_id = (

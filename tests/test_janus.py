@@ -11,25 +11,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, JanusForConditionalGeneration
+from transformers import (AutoProcessor, AutoTokenizer, JanusConfig,
+                          JanusForConditionalGeneration)
 
+import tiny_janus
 from bench.kills import torchrun
 from conftest import ROOT, main, results_of, stage
 from hermesflow import janus
+from hermesflow.contents import code_of
 from hermesflow.files import InputError
+from hermesflow.janus_net import Tokens
 from hermesflow.jsonl import read_jsonl
 from hermesflow.options import ImageSampling, is_whole
 from hermesflow.outputs import run_main
-from hermesflow.packed import TextBatch
+from hermesflow.packed import ImageBatch, TextBatch
 from hermesflow.pictures import load_image, to_pil
 from hermesflow.records import Pair, Sample
 from hermesflow.sampling import TextRequest
 from hermesflow.tables import tensors_of
 from model import load, save
-from tiny_janus import save_tiny
 
 sample, score, dpo, evaluation = map(stage, ("01_sample", "02_score", "03_pair_dpo", "04_eval"))
 TEXTS = ["a big red ring left of a small blue square", "a red ring", "is this yes or no"]
@@ -38,7 +41,7 @@ TEXTS = ["a big red ring left of a small blue square", "a red ring", "is this ye
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("janus")
-    save_tiny(folder / "base")
+    tiny_janus.save_tiny(folder / "base")
     return folder
 
 
@@ -87,6 +90,24 @@ def test_prompts_are_the_processors(policy, theirs, pictures):
         assert policy.tokens.look.head + policy.tokens.text_prompt(text) == about
         assert policy.tokens.t2i_prompt(text) == drawn(theirs[1], text).input_ids[0].tolist()
         assert policy.prompt_length(text) == len(policy.tokens.t2i_prompt(text))
+
+
+def test_prompts_of_byte_pairs_are_the_processors():
+    """A BPE merges a word with the space before it, and the template's ends with the text."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests" / "golden" / "phi-1_5-tokenizer")
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": tiny_janus.ROLES})
+    names = list(tiny_janus.SPECIAL.items())[4:]
+    tokenizer._set_model_specific_special_tokens(dict(names))
+    tokenizer.add_tokens([value for _, value in names], special_tokens=True)
+    tiny = tiny_janus.tiny_processor()
+    processor = type(tiny)(tiny.image_processor, tokenizer, chat_template=tiny_janus.TEMPLATE,
+                           use_default_system_prompt=True, num_image_tokens=16)
+    tokens = Tokens(processor, 16, 200, "here")
+    picture = Image.new("RGB", (16, 16))
+    for text in (*TEXTS, "Two cats, 3.5 m apart;\n\n“é” – don't!", "A", "\u4e2d\u6587 ok ?"):
+        about = asked(processor, picture, text).input_ids[0].tolist()
+        assert tokens.look.head + tokens.text_prompt(text) == about
+        assert tokens.t2i_prompt(text) == drawn(processor, text).input_ids[0].tolist()
 
 
 def test_what_looks_like_a_special_token_is_text(policy):
@@ -168,6 +189,19 @@ def test_log_probs_of_images(policy, theirs, guidance_scale):
             expected = logits.log_softmax(-1).gather(1, codes[:, None]).sum()
             assert ours.sums[b, s] == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
             assert ours.counts[b, s] == 16
+
+
+def test_a_dropped_text_is_as_long_as_it_was(policy, theirs):
+    """For guidance, as drawing goes: behind padding in the place of that text."""
+    images = torch.randint(32, (2, 2, 16), generator=torch.Generator().manual_seed(0))
+    batch = ImageBatch(["", TEXTS[1]], images, None, 0.0, TEXTS[:2])
+    with torch.no_grad():
+        dropped, told = policy.net(policy.pack_images(batch))[0][0][:, 1:]
+        torch.testing.assert_close(told, policy.image_logps([TEXTS[1]], images[1:]).sums[0])
+    for codes, ours in zip(images[0], dropped):
+        logits = teacher_forced(theirs, TEXTS[0], codes)[1]
+        expected = logits.log_softmax(-1).gather(1, codes[:, None]).sum()
+        assert ours == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
 
 
 def test_log_probs_of_texts(policy, theirs, pictures):
@@ -447,8 +481,8 @@ def test_a_picture_that_is_gone(records, paired, tmp_path):
 
 def test_previews(records, paired, trained, tmp_path):
     out = run_train(records, paired, tmp_path / "out", "--preview-every", 3)
-    assert [p.name for p in (out / "previews").iterdir()] == ["000000.png", "000003.png"] or (
-        sorted(p.name for p in (out / "previews").iterdir()) == ["000000.png", "000003.png"])
+    names = sorted(p.name for p in (out / "previews").iterdir())
+    assert names == ["000000.png", "000003.png"]
     assert read_log(out) == read_log(trained)
 
 
@@ -552,6 +586,22 @@ def test_a_checkpoint_that_is_not_whole(folder, tmp_path):
         load(copy)
     with pytest.raises(InputError, match="Janus has its own tokenizers"):
         load(folder / "base", image_tokenizer="showlab/magvitv2")
+
+
+def test_published_sizes_are_taken():
+    """Of Janus-Pro-1B and 7B, as transformers' conversion writes them."""
+    for width, layers, heads in ((2048, 24, 16), (4096, 30, 32)):
+        text = dict(model_type="llama", hidden_size=width, num_hidden_layers=layers,
+                    num_attention_heads=heads, vocab_size=102400, max_position_embeddings=16384)
+        config = JanusConfig(text_config=text, vision_config={"projection_dim": width},
+                             vq_config={"projection_dim": width, "image_token_embed_dim": width})
+        janus.check_config(config, "config.json")
+        assert config.vision_config.num_image_tokens == 576
+
+
+def test_its_code_is_among_what_settings_record():
+    names = code_of([str(ROOT / "01_sample.py")])
+    assert {"model.py", "hermesflow/janus.py", "hermesflow/janus_net.py"} <= names.keys()
 
 
 def test_no_tokenizer_of_show_o_is_asked_for(folder, monkeypatch):

@@ -116,9 +116,9 @@ class Model:
         """log π(response | image, question): its tokens and `<|eot|>`, whole vocabulary. (B, S)"""
         return responses_only(self.net(self.pack_text(TextBatch(images, prompts, responses)))[0])
 
-    def image_logps(self, prompts, images, masks, guidance_scale: float = 0.0) -> LogProbs:
+    def image_logps(self, prompts, images, masks, guidance_scale=0.0, texts=None) -> LogProbs:
         """log π(image | text): masked slots, whole vocabulary; guided: image codes. (B, S)"""
-        batch = ImageBatch(prompts, images, masks, guidance_scale)
+        batch = ImageBatch(prompts, images, masks, guidance_scale, texts)
         return responses_only(self.net(self.pack_images(batch))[0])
 
     def pair_logps(self, text: TextBatch, image: ImageBatch) -> tuple[LogProbs, LogProbs]:

@@ -1,7 +1,6 @@
-# Janus-Pro 1B, which transformers loads: the paper's method over another backbone, with the paper's
-# settings where it has any (configs/showo.sh, whose variables all hold here, too). Its images are 576
-# codes of 384 px, drawn one after the other: --steps, --anneal and masks have no meaning.
-# Not run here: the published weights.
+# Janus-Pro 1B, which transformers loads: the paper's method over another backbone, with its settings
+# (configs/showo.sh, whose variables all hold here, too). Images are 576 codes of 384 px, drawn one
+# after the other: --steps, --anneal and masks have no meaning. The published weights were not run.
 
 OUT=${OUT-runs/janus}
 BASE=${BASE-deepseek-community/Janus-Pro-1B}    # or Janus-Pro-7B, on cards of more memory

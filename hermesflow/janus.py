@@ -131,9 +131,9 @@ class Model:
         """log π(response | image, question): its tokens and the end, whole vocabulary. (B, S)"""
         return responses_only(self.net(self.pack_text(TextBatch(images, prompts, responses)))[0])
 
-    def image_logps(self, prompts, images, masks=None, guidance_scale: float = 0.0) -> LogProbs:
+    def image_logps(self, prompts, images, masks=None, guidance_scale=0.0, texts=None) -> LogProbs:
         """log π(image | text): the sum over its codes, guided or not. (B, S)"""
-        batch = ImageBatch(prompts, images, masks, guidance_scale)
+        batch = ImageBatch(prompts, images, masks, guidance_scale, texts)
         return responses_only(self.net(self.pack_images(batch))[0])
 
     def pair_logps(self, text: TextBatch, image: ImageBatch) -> tuple[LogProbs, LogProbs]:

@@ -87,7 +87,7 @@ class Tokens:
         return [*self.encode(p.before + question.strip() + p.after), *p.tail]
 
     def t2i_prompt(self, caption: str, cut: bool = True) -> list[int]:
-        """What an image is drawn from, of at most `longest` tokens; of "", the unconditional one."""
+        """What an image is drawn from, of at most `longest` tokens; of "", the prompt of none."""
         p = self.draw
         text = self.encode(p.before + caption.strip() + p.after)
         room = self.longest - len(p.head) - len(p.tail)

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
 from hermesflow.checkpoints import SIZE, check_fields, refuse
 from hermesflow.files import InputError
-from hermesflow.packed import (CACHE, CHECKPOINTING, IGNORE, Pack, Segment, answer_segment,
-                               label_logps, pack, segment_sums)
+from hermesflow.packed import (CACHE, CHECKPOINTING, IGNORE, Pack, Segment, label_logps,
+                               segment_sums)
 from hermesflow.sampling import MASKED
 
 SIZES = dict(vocab_size=SIZE, llm_vocab_size=SIZE, codebook_size=SIZE, num_vq_tokens=SIZE)

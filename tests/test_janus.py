@@ -20,12 +20,12 @@ from transformers import (AutoProcessor, AutoTokenizer, JanusConfig,
 import tiny_janus
 from bench.kills import torchrun
 from conftest import ROOT, main, results_of, stage
-from hermesflow import janus
+from hermesflow import janus, options
 from hermesflow.contents import code_of
 from hermesflow.files import InputError
 from hermesflow.janus_net import Tokens
 from hermesflow.jsonl import read_jsonl
-from hermesflow.options import ImageSampling, is_whole
+from hermesflow.options import ImageSampling
 from hermesflow.outputs import run_main
 from hermesflow.packed import ImageBatch, TextBatch
 from hermesflow.pictures import load_image, to_pil
@@ -218,8 +218,8 @@ def test_log_probs_of_texts(policy, theirs, pictures):
             labels = torch.tensor(response + [policy.tokens.eot] * ended[b][s])
             ids = torch.cat([inputs.input_ids, labels[None]], 1)
             with torch.no_grad():
-                logits = janus(input_ids=ids, pixel_values=inputs.pixel_values).logits[0, P - 1 : -1]
-            expected = logits.log_softmax(-1).gather(1, labels[:, None]).sum()
+                logits = janus(input_ids=ids, pixel_values=inputs.pixel_values).logits
+            expected = logits[0, P - 1 : -1].log_softmax(-1).gather(1, labels[:, None]).sum()
             assert ours[0][b, 1 + s] == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
             assert ours[1][b, 1 + s] == len(labels)
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_transformers_own(policy, theirs, folder, tmp_path):
     assert drawn(processor, TEXTS[0]).input_ids[0].tolist() == policy.tokens.t2i_prompt(TEXTS[0])
     save(load(tmp_path / "saved"), tmp_path / "again")
     assert results_of(tmp_path / "again") == results_of(tmp_path / "saved")
-    assert is_whole(str(tmp_path / "saved"))
+    assert options.is_whole(str(tmp_path / "saved"))
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -537,7 +537,7 @@ def broken(folder, tmp_path, change):
 
 
 @pytest.mark.parametrize("part, field, value, said", [
-    ("vision_config", "num_image_tokens", 15, "field 'vision_config.num_image_tokens' should be 16"),
+    ("vision_config", "num_image_tokens", 15, "'vision_config.num_image_tokens' should be 16"),
     ("vision_config", "patch_size", 8, "field 'vision_config"),
     ("vision_config", "image_size", [16, 16], "cannot load as AutoConfig"),
     ("vision_config", "projection_dim", 16, "field 'vision_config.projection_dim' should be 32"),
@@ -547,7 +547,7 @@ def broken(folder, tmp_path, change):
     ("vq_config", "channel_multiplier", [1, 1], "field 'vision_config.patch_size' should be 2"),
     ("text_config", "model_type", "phi", "field 'text_config.model_type' should be 'llama'"),
     ("text_config", "model_type", "no-such", "cannot load as AutoConfig"),
-    ("text_config", "num_key_value_heads", 1, "field 'text_config.num_key_value_heads' should be 2"),
+    ("text_config", "num_key_value_heads", 1, "'text_config.num_key_value_heads' should be 2"),
     ("text_config", "num_hidden_layers", 10**9, "field 'num_hidden_layers' should be"),
     ("text_config", "hidden_size", "32", "cannot load as AutoConfig"),
     ("text_config", "vocab_size", 10, "field 'text_config.vocab_size' is 10, the tokenizer has"),
@@ -605,6 +605,9 @@ def test_its_code_is_among_what_settings_record():
 
 
 def test_no_tokenizer_of_show_o_is_asked_for(folder, monkeypatch):
+    found = {"some/janus": str(folder / "base" / "config.json"), "some/model": None}
+    monkeypatch.setattr(options, "find", lambda repository, name: found[repository])
+    assert options.is_whole("some/janus") and not options.is_whole("some/model")
     args = sample.parse_args(["--prompt", "a", "--model", str(folder / "base")])
     assert sample.model_inputs(args) == {"model": str(folder / "base"), "image_tokenizer": None,
                                          "text_tokenizer": None}

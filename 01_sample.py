@@ -9,7 +9,7 @@ writes  OUT/samples.jsonl         the records with the captions as text; their t
 
     python 01_sample.py --records runs/toy/preference/records.jsonl --out runs/try/samples
     python 01_sample.py --prompt "a big red ring" --steps 16 --guidance 0.5     # OUT/prompt.png
-    python 01_sample.py --image runs/toy/held_out/images/eval-0-00000.png       # prints captions
+    python 01_sample.py --image runs/toy/held_out/images/test-0-00000.png       # prints captions
 """
 
 import argparse

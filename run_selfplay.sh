@@ -116,7 +116,7 @@ if [ "$TRAIN" = "$OUT/preference/records.jsonl" ] && [ ! -f "$TRAIN" ]; then
   python toy/world.py --split preference --n 512 --seed "$SEED" --out "$OUT/preference"
 fi
 if [ "$HELD_OUT" = "$OUT/held_out/records.jsonl" ] && [ ! -f "$HELD_OUT" ]; then
-  python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/held_out"
+  python toy/world.py --split test --n 600 --seed 0 --out "$OUT/held_out"
 fi
 
 if [ -n "${QUESTION_MODEL-}" ]; then

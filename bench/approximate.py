@@ -11,13 +11,13 @@ sys.path.insert(0, str(ROOT))
 from hermesflow.options import COUNT, ImageSampling, stage_parser
 
 SETTINGS = {
-    "exact": ImageSampling(20, 2.0),
-    "steps-10": ImageSampling(10, 2.0),
-    "steps-5": ImageSampling(5, 2.0),
-    "first-half": ImageSampling(20, 2.0, guidance_interval=(0.0, 0.5)),
-    "last-half": ImageSampling(20, 2.0, guidance_interval=(0.5, 1.0)),
+    "exact": ImageSampling(16, 0.5),
+    "steps-8": ImageSampling(8, 0.5),
+    "steps-4": ImageSampling(4, 0.5),
+    "first-half": ImageSampling(16, 0.5, guidance_interval=(0.0, 0.5)),
+    "last-half": ImageSampling(16, 0.5, guidance_interval=(0.5, 1.0)),
 }
-PROMPT = "a big red circle left of a small blue square"
+PROMPT = "a big red ring left of a small blue square"
 
 
 def parse_args(argv=None):

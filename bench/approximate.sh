@@ -11,22 +11,22 @@ if [ $# -gt 0 ] || [ -z "$OUT" ]; then
 fi
 export OMP_NUM_THREADS=1
 if [ ! -f "$OUT/world/records.jsonl" ]; then
-  python toy/world.py --split eval --n 600 --seed 0 --out "$OUT/world" > /dev/null
+  python toy/world.py --split validation --n 600 --seed 0 --out "$OUT/world" > /dev/null
 fi
 
 evaluate() {  # evaluate NAME OPTIONS
-  python 04_eval.py --records "$OUT/world/records.jsonl" --guidance 2 --batch 32 \
+  python 04_eval.py --records "$OUT/world/records.jsonl" --guidance 0.5 --batch 32 \
     --out "$OUT/$1" "${@:2}" > /dev/null 2>&1
 }
 
 # two at a time
-evaluate exact --steps 20 &
-evaluate first-half --steps 20 --guidance-interval 0 0.5
+evaluate exact --steps 16 &
+evaluate first-half --steps 16 --guidance-interval 0 0.5
 wait $!
-evaluate steps-10 --steps 10 &
-evaluate steps-5 --steps 5
+evaluate steps-8 --steps 8 &
+evaluate steps-4 --steps 4
 wait $!
-evaluate last-half --steps 20 --guidance-interval 0.5 1
-python 04_eval.py --compare "$OUT"/{exact,steps-10,steps-5,first-half,last-half} \
+evaluate last-half --steps 16 --guidance-interval 0.5 1
+python 04_eval.py --compare "$OUT"/{exact,steps-8,steps-4,first-half,last-half} \
   --across steps guidance-interval --out "$OUT/compare"
 python bench/approximate.py

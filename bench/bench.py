@@ -9,7 +9,7 @@ to it. The plain path runs a share of each task and is scaled up (texts and imag
 same each); the output says which share. Work is counted by torch's FlopCounterMode. The results of
 both are compared: tokens one by one, losses and gradient norms by their largest difference.
 
-    captions   ten captions of one image (the ten released settings)
+    captions   ten captions of each of four images (the ten released settings, stage 1's --batch)
     questions  ten questions about each of four images, greedy
     images     sixteen images of one prompt with guidance; per step, without the first, which all
                images of a prompt share in ours
@@ -164,9 +164,10 @@ def random_codes(model: Model, n: int) -> torch.Tensor:
 def caption_requests() -> list[TextRequest]:
     stage = runpy.run_path(str(ROOT / "01_sample.py"), run_name="stage")
     requests = []
-    for i, (top_k, temperature) in enumerate(stage["RELEASED_SETTINGS"]):
-        seed = stable_seed("caption", i)
-        requests.append(TextRequest(0, CAPTION_QUESTION, top_k, temperature, seed))
+    for image in range(4):
+        for i, (top_k, temperature) in enumerate(stage["RELEASED_SETTINGS"]):
+            seed = stable_seed("caption", image, i)
+            requests.append(TextRequest(image, CAPTION_QUESTION, top_k, temperature, seed))
     return requests
 
 
@@ -331,12 +332,12 @@ def timed(run, device: str) -> tuple[Outcome, float]:
     return outcome, seconds if outcome.seconds is None else outcome.seconds
 
 
-def decoding_bytes(net: Showo, tokens: int) -> int:
+def decoding_bytes(net: Showo, tokens: int, images: int) -> int:
     """Bytes of weights and image keys and values that are read again for every further token."""
     weights = [p for name, p in net.named_parameters() if "embed" not in name]
     phi = net.showo.config
     image = 2 * phi.num_hidden_layers * (net.tokens.image_tokens + 3) * phi.hidden_size
-    once = sum(p.nbytes for p in weights) + image * weights[0].element_size()
+    once = sum(p.nbytes for p in weights) + images * image * weights[0].element_size()
     return once * (tokens - 1)
 
 
@@ -357,7 +358,7 @@ def measure(task: str, path: str, size: str, device: str, dtype, length: int | N
 
     def run(length=length) -> Outcome:
         if task == "captions":
-            return write_texts(model, path, caption_requests(), length, [0, 9])
+            return write_texts(model, path, caption_requests(), length, [0, 39])
         if task == "questions":
             return write_texts(model, path, question_requests(), length, [0, 39])
         if task == "images":
@@ -383,7 +384,7 @@ def measure(task: str, path: str, size: str, device: str, dtype, length: int | N
     figures = dict(seconds=seconds / outcome.share, first=first, peak=peak, share=outcome.share,
                    flops=flops.get_total_flops() / outcome.share)
     if task == "captions":
-        figures["bytes"] = decoding_bytes(model.net, length)
+        figures["bytes"] = decoding_bytes(model.net, length, images=4)
     return figures
 
 

@@ -19,8 +19,7 @@ HELD_OUT=${HELD_OUT-$TRAIN}                             # for the gap; of the sa
 HELD_OUT_LIMIT=${HELD_OUT_LIMIT-600}                    # the records behind those to learn from
 IMAGES=${IMAGES-}                                       # folder of images that are not beside TRAIN
 JUDGE=${JUDGE-Qwen/Qwen2.5-VL-7B-Instruct}              # answers about drawings (the paper: GPT-4o)
-PAIRS=${PAIRS-self-play}        # Eq. 9-10, as the paper; in large rounds of the toy, fresh pairs do
-                                # better (toy/results/over_rounds.md)
+PAIRS=${PAIRS-self-play}        # Eq. 9-10, as the paper; fresh: each round's own best and worst
 
 # Questions come from a file, with the records (JourneyDB's annotations: QUESTIONS=), or from
 # QUESTION_MODEL, which writes them once, before the first round, about records that have none. The

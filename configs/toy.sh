@@ -22,7 +22,7 @@ SAMPLE=(
   --max-new-tokens 20
   --images 8                    # per caption
   --steps 16                    # one image token per step
-  --guidance 0
+  --guidance 0.25
   --batch 16
   ${SAMPLE:-}
 )
@@ -38,12 +38,14 @@ DPO=(
   --epochs 1                    # or --steps N
   --batch 16
   --micro-batch 16              # with N processes: 16 / N
+  --guidance 0.25               # log-probs of the policy that draws
   --nll-und 1                   # keeps captions where they are
+  --nll-gen 0.3                 # keeps winning drawings likely
   ${DPO:-}
 )
 EVAL=(
   --steps 16
-  --guidance 0
+  --guidance 0.25
   --batch 32
   ${EVAL:-}
 )

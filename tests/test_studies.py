@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,8 +36,8 @@ import tables
 from main_result import mcnemar
 from scorer import agreement, ranks, spearman
 
-STUDIES = ("ablations", "bases", "details", "guidance", "limits", "main_result", "other_base",
-           "over_rounds", "recipes", "scorer", "strength", "why")
+STUDIES = ("baselines", "details", "main_result", "over_rounds", "recipes", "scorer", "why")
+PAGES = sorted(page.stem for page in tables.RESULTS.glob("*.json"))
 SEED = (3, 1)  # seed, round
 
 
@@ -111,19 +112,6 @@ def test_a_switch_changes_what_the_stage_calls(stages, pairs):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_mismatched_dropout(stages, pairs):
-    """Without dropout it changes nothing; with it, some pair has one text and not the other."""
-    matched = pair_logps(stages, pairs, 0.0)
-    switches.mismatched_dropout(stages)
-    for a, b in zip(matched, pair_logps(stages, pairs, 0.0)):
-        equal(a.sums, b.sums)
-        equal(a.counts, b.counts)
-    dropped = pair_logps(stages, pairs, 1.0)[1].sums
-    some = pair_logps(stages, pairs, 0.5)[1].sums
-    kept = (some - dropped).abs() > 1e-4  # (B, 2): this image has its text
-    assert (kept[:, 0] != kept[:, 1]).any()
-
-
 def test_black_images(stages, model, pairs, monkeypatch):
     black = torch.arange(16)[None]
     monkeypatch.setattr(model, "encode_image", lambda pixels: black)
@@ -152,30 +140,6 @@ def test_misaligned_join(stages):
     assert [s.caption_scores for s in joined] == [[0.0], [1.0], [2.0]]
 
 
-def test_independent_shuffling(stages, model, pairs):
-    """The text half is as before; the image half is that of another record's visit."""
-    stage = stages["03"]
-    order = stage["training_order"](pairs, 6, 4, 0)  # (24, 2)
-    gen_order = stage["training_order"](pairs, 6, 4, stable_seed(0, "generation"))
-
-    def batch(places):
-        visits = [stage["Visit"](pairs[i], epoch) for i, epoch in places.tolist()]
-        return stage["make_batch"](model, visits, SEED, 0.5, 0.0)
-
-    text, _ = batch(order)
-    _, image = batch(gen_order)
-    switches.independent_shuffling(stages)
-    assert torch.equal(stage["training_order"](pairs, 6, 4, 0), order)
-    text_apart, image_apart = batch(order)
-    assert torch.equal(text_apart.images, text.images)
-    assert text_apart.responses == text.responses
-    assert image_apart.prompts == image.prompts
-    assert torch.equal(image_apart.images, image.images)
-    assert torch.equal(image_apart.masks, image.masks)
-    together = (order[:, 0] == gen_order[:, 0]).tolist()
-    assert 0 < sum(together) < len(together)
-
-
 def test_product_loss(stages):
     """At the start, where both margins are 0, its gradient is exactly 0; the sum's is not."""
     und = torch.zeros(4, requires_grad=True)
@@ -192,21 +156,6 @@ def test_product_loss(stages):
     assert loss(two, two).item() == pytest.approx(math.log(1 + math.exp(-0.8)))
     assert loss(two, two).item() == loss(-two, -two).item()
     stages["03"]["assert_healthy"]({"step": 0, "loss": math.log(2)}, [], None, True)
-
-
-def test_guidance_in_turn(stages, model):
-    """Every image is the one that its own seed and guidance give."""
-    records = [Record("0", "", "a big ring"), Record("1", "", "square")]
-    expected = {}
-    for g in (0.0, 2.0):
-        sampling = ImageSampling(steps=4, guidance_scale=g)
-        expected[g] = stages["01"]["sample_images"](model, records, 3, sampling, SEED)  # (B, K, N)
-    switches.guidance_in_turn(stages, "0", "2")
-    sampling = ImageSampling(steps=4, guidance_scale=7.0)
-    codes = stages["01"]["sample_images"](model, records, 3, sampling, SEED)
-    assert torch.equal(codes[:, 1], expected[2.0][:, 1])
-    assert torch.equal(codes[:, ::2], expected[0.0][:, ::2])
-    assert not torch.equal(expected[0.0], expected[2.0])
 
 
 def test_masks(stages, model, pairs):
@@ -242,29 +191,6 @@ def test_mean_over_slots(stages, pairs):
     _, mean = pair_logps(stages, pairs)
     equal(mean.sums, gen.sums / gen.counts)
     assert (mean.counts == 1).all()
-
-
-def test_label_smoothing(stages):
-    switches.label_smoothing(stages, "0.25")
-    loss = stages["03"]["dpo_loss"](torch.tensor([3.0]), 1.0).item()
-    expected = 0.75 * math.log(1 + math.exp(-3)) + 0.25 * math.log(1 + math.exp(3))
-    assert loss == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("what, least, kept", [
-    ("gap", "0.5", True), ("gap", "0.6", False), ("caption_gap", "0.25", True),
-    ("caption_gap", "0.3", False), ("codes", "2", True), ("codes", "3", False),
-])
-def test_filters(stages, what, least, kept):
-    pair = Pair("a", "", "", "", "", "", 0.75, 0.5, 1.0, 0.5, "", "", True, True)
-    tokens = {"win_image": torch.tensor([1, 2, 3]), "lose_image": torch.tensor([1, 5, 6])}
-    stages["02"]["curate"] = lambda *_: (pair, tokens)
-    switches.filtered(stages, what, least)
-    expected = (pair, tokens) if kept else f"filtered: {what} below {float(least)}"
-    assert stages["02"]["curate"]() == expected
-    stages["02"]["curate"] = lambda *_: "images: all equal"
-    switches.filtered(stages, what, least)
-    assert stages["02"]["curate"]() == "images: all equal"
 
 
 def test_chosen_by_oracle(stages, tmp_path):
@@ -367,21 +293,48 @@ def test_faults_are_those_of_the_drawn_codes(tmp_path, monkeypatch):
     assert found == {"objects missing": 1, "another object": 1}
 
 
-def test_renewed_records(tmp_path, monkeypatch):
-    """Rounds of n captions each together are the first records of a seed, none twice."""
-    monkeypatch.setattr(loop, "RUNS", tmp_path)
+def draw_at(monkeypatch, tmp_path, right: dict[float, list[list[int]]]) -> None:
+    """Stages of a study that drew, at a guidance, these drawings of each of its records right."""
+    caption = "a big red ring"
+    questions = [Question(**q) for q in world.questions(caption)]
+    good, bad = (np.full((4, 4), world.EMPTY) for _ in range(2))
+    good[0, 0] = world.NAMES["big red ring"]
 
-    def read(file) -> list[Record]:
-        """The records as they stand in the file, their images relative to it."""
-        return [replace(r, image=os.path.relpath(r.image, file.parent))
-                for r in read_jsonl(file, Record)]
+    def step(number, options, **paths):
+        if number == "02":
+            return paths["samples"]
+        return tmp_path / options.split("--guidance ")[-1]
 
-    by_round = []
-    for r in (1, 2):
-        by_round += read(loop.records("preference", 3 * r, 0, 3 * (r - 1)))
-    assert by_round == read(loop.records("preference", 6, 0))
-    unseen = read(loop.records("eval", 12, 0, 7))
-    assert unseen == read(tmp_path / "eval-12-0" / "records.jsonl")[7:]
+    def read(file, _):
+        scale = float(file.parent.name)
+        if file.name == "samples.jsonl":
+            return [SimpleNamespace(caption=caption, questions=questions, drawn=drawn)
+                    for drawn in right[scale]]
+        # the policy is wrong about its first drawing
+        return [SimpleNamespace(image_scores=[0.0, *drawn[1:]]) for drawn in right[scale]]
+
+    monkeypatch.setattr(loop, "records", lambda *_: None)
+    monkeypatch.setattr(loop, "load", lambda _: None)
+    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(loop, "read_jsonl", read)
+    monkeypatch.setattr(loop, "tensors_of", lambda sample: {"images": sample.drawn})
+    monkeypatch.setattr(switches, "grids", lambda _, drawn: [good if d else bad for d in drawn])
+
+
+def test_every_policy_draws_at_its_own_best_guidance(monkeypatch, tmp_path):
+    draw_at(monkeypatch, tmp_path, {0: [[0], [1]], 0.25: [[1], [1]], 0.5: [[1], [1]],
+                                    1: [[0], [0]], 2: [[0], [1]]})
+    assert loop.best_guidance("a policy", 0) == 0.25
+    assert (tmp_path / "2.right").read_text() == "1"
+
+
+def test_the_best_of_eight_is_chosen_by_self_score(monkeypatch, tmp_path):
+    draw_at(monkeypatch, tmp_path, {0.5: [[1, 0, 0], [0, 0, 1], [0, 1, 0]]})
+    monkeypatch.setattr(loop, "best_guidance", lambda *_: 0.5)
+    found = loop.best_of_8("another policy", 0)
+    questions = len(world.questions("a big red ring"))
+    assert found["everything"] == [1, 1, 1]  # of the first, all scores are equal
+    assert found["drawn"] == [questions] * 3 and not found["faults"]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -435,8 +388,8 @@ def test_results_are_what_was_counted():
     assert picture == tables.forest(results, "Pair-DPO")
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_study_has_a_page(name):
+@pytest.mark.parametrize("name", PAGES)
+def test_every_result_has_a_page(name):
     page = (tables.RESULTS / f"{name}.md").read_text()
     for part in (f"<!-- {name} -->", f"<!-- /{name} -->", f"({name}.svg)"):
         assert page.count(part) == 1

@@ -10,7 +10,7 @@ reads and draws all of them after a thousand steps. The transformer knows nothin
 they are 256 codes, as 2^13 are to Show-o.
 
 Base model: Show-o of 1.3 M parameters, trained as the original is, on images to draw (masked
-slots), captions and questions; only captions of the "train" split. After 3,000 steps it understands
+slots), captions and questions; only captions of the "train" split. After 2,000 steps it understands
 much better than it draws.
 """
 
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     add("--keep", type=COUNT, nargs="+", default=[], help="also save after these steps [none]")
     add = parser.add_argument_group("training").add_argument
     add("--magvit-steps", type=COUNT, default=1200, help="of the image tokenizer")
-    add("--steps", type=COUNT, default=3000, help="of the base model")
+    add("--steps", type=COUNT, default=2000, help="of the base model")
     add("--seed", type=SEED, default=0, help="of weights and data")
     add("--threads", type=integer(1, 1024), default=1,
         help="toy/base: one; more round differently")
@@ -79,7 +79,7 @@ MAGVIT = MagvitConfig(ch=32, bits=BITS,
                       decoder_mult=(1, 1, 1, 2, 2), decoder_blocks=(0, 1, 1, 1, 1))
 PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
            max_position_embeddings=512)
-DRAWN, READ = 64, 16  # images to draw and to read in a step
+DRAWN, READ = 32, 16  # images to draw and to read in a step
 
 # ----------------------------------------------------------------------------------- text tokenizer
 
@@ -169,7 +169,7 @@ def reconstruction(vq: Magvit, n: int = 512) -> tuple[float, float, float]:
     whose code is the assigned one.
     """
     rng = np.random.default_rng(0)
-    captions = world.captions("eval")
+    captions = world.captions("validation")
     grids = np.stack([world.scene(captions[i % len(captions)], rng) for i in range(n)])
     codes = torch.cat([vq.encode(render(part)) for part in np.array_split(grids, 8)])
     pixels = torch.cat([vq.decode(part) for part in codes.chunk(8)])
@@ -213,12 +213,18 @@ def drawing_row(tokens, caption: str, codes: list[int], seed: int, rng) -> list[
 
 
 def reading_row(tokens, caption: str, codes: list[int], rng) -> list[Segment]:
-    """An image, and behind it its caption and three of its questions."""
-    questions = world.questions(caption)
+    """An image, and behind it its caption, two yes/no questions and three others.
+
+    "Is there a …?" is what the model learns last: every image asks two of them, about other objects
+    each time.
+    """
+    questions = [Question(**q) for q in world.questions(caption, rng.integers(2**31))]
+    yes_no = [q for q in questions if q.answer in ("yes", "no")]
+    others = [q for q in questions if q not in yes_no]
     pairs = [(CAPTION_QUESTION, caption)]
-    for i in rng.choice(len(questions), 3, replace=False):
-        question = Question(**questions[i])
-        pairs.append((vqa_question(question), question.answer))
+    for some, count in ((others, 3), (yes_no, 2)):
+        for i in rng.choice(len(some), count, replace=False):
+            pairs.append((vqa_question(some[i]), some[i].answer))
     row = [Segment(tokens.mmu_prompt(codes), bidirectional=True)]
     for question, answer in pairs:
         ids = [*tokens.encode(answer), tokens.eot]
@@ -227,7 +233,7 @@ def reading_row(tokens, caption: str, codes: list[int], rng) -> list[Segment]:
 
 
 def train_base(model: Model, steps: int, seed: int, keep: list[int], out: Path) -> None:
-    """AdamW with warm-up and cosine decay; 64 images to draw and 16 to read per step."""
+    """AdamW with warm-up and cosine decay; 32 images to draw and 16 to read per step."""
     net = model.net
     tokens = model.tokens
     captions = world.captions("train")
@@ -252,8 +258,7 @@ def train_base(model: Model, steps: int, seed: int, keep: list[int], out: Path) 
         for i in range(DRAWN, DRAWN + READ):
             reading.append(reading_row(tokens, texts[i], codes[i], rng))
 
-        with torch.autocast("cpu", torch.bfloat16):
-            results = net(pack(drawing, tokens.pad), pack(reading, tokens.pad))
+        results = net(pack(drawing, tokens.pad), pack(reading, tokens.pad))
         # per masked slot, per answer token
         losses = [-sums.sum() / counts.sum() for sums, counts in results]
         optimizer.zero_grad()

@@ -1,10 +1,11 @@
 """A world of coloured shapes, small enough to train on a laptop and exact enough to judge.
 
 A scene is a 4x4 grid of 16-px cells on a plain background; each cell is empty or holds one of 40
-object types (2 sizes x 5 colours x 4 shapes). A caption names one object, a pair in a relation, or
-a number of equal objects:
+object types (2 sizes x 5 colours x 4 shapes). A caption names one object, a number of equal
+objects, or two or three different ones in a row or a column:
 
-    a big red ring | a big red ring left of a small blue square | three small green triangles
+    a big red ring | three small green triangles | a big red ring left of a small blue square
+    a big red ring above a small blue square above a small green cross
 
 Everything a model draws can be read back from the pixels (`read`), so captions and questions have
 exact answers.
@@ -44,15 +45,19 @@ COLORS = {
 SHAPES = {"square": "squares", "ring": "rings", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "above")
+# where the objects of a row or a column are: first, last, and between them
+SIDES = {"left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
+MIDDLE = "in the middle"
 BACKGROUND = (244, 243, 238)
-SPLITS = {"train": 50, "preference": 30, "eval": 20}  # per cent of the captions
+# per cent of the captions: for the base, for self-play, to choose settings on, to report on
+SPLITS = {"train": 50, "preference": 30, "validation": 7, "test": 13}
 EMPTY, UNKNOWN = -1, -2  # grid entries that are not a type
 THRESHOLD = 45.0  # RMS distance (0..255) beyond which a cell is an unknown object
 
 Type = namedtuple("Type", "size color shape")
 TYPES = [Type(*t) for t in product(SIZES, COLORS, SHAPES)]
-# kind: single, pair or count; types: (a,) or (a, b) as indices into TYPES;
-# relation: None or one of RELATIONS
+# kind: single, count, pair or triple; types: (a,), (a, b) or (a, b, c) as indices into TYPES;
+# relation: None or one of RELATIONS, between neighbours
 Spec = namedtuple("Spec", "kind types relation number")
 
 
@@ -89,9 +94,27 @@ def specs():
     for a in everything:
         for number in (2, 3, 4):
             yield Spec("count", (a,), None, number)
+    for a in everything:
+        for b in everything:
+            for relation in RELATIONS:
+                if a != b:
+                    for c in thirds(a, b, relation):
+                        yield Spec("triple", (a, b, c), relation, 3)
 
 
-CAPTIONS = {phrase(s): s for s in specs()}  # all 3,280 captions -> spec
+def thirds(a, b, relation):
+    """Up to two types that come behind a and b: all of them would be 118,560 captions."""
+    chosen = {_hash("third", name(a), name(b), relation, i) % len(TYPES) for i in (0, 1)}
+    return sorted(chosen - {a, b})
+
+
+def _hash(*parts):
+    """A large integer that depends on the parts only; Python's own hash differs between runs."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+CAPTIONS = {phrase(s): s for s in specs()}  # all 9,093 captions -> spec
 
 
 def parse(caption):
@@ -102,17 +125,11 @@ def parse(caption):
     return CAPTIONS[text]
 
 
-def _hash(*parts):
-    """A large integer that depends on the parts only; Python's own hash differs between runs."""
-    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
 def split(caption):
-    """Caption -> 'train', 'preference' or 'eval'.
+    """Caption -> 'train', 'preference', 'validation' or 'test'.
 
-    A pair is hashed without order and relation: all four captions of two types land in the same
-    split, so a held-out combination is never trained on in any arrangement.
+    Pairs and triples are hashed without order and relation: all captions of the same types land in
+    the same split, so a held-out combination is never trained on in any arrangement.
     """
     spec = parse(caption)
     names = sorted(name(t) for t in spec.types)
@@ -162,10 +179,10 @@ def scene(caption, rng):
     """Caption and numpy Generator -> (4, 4) int grid that shows exactly what the caption says."""
     spec = parse(caption)
     grid = np.full((GRID, GRID), EMPTY)
-    if spec.kind == "pair":
+    if spec.relation:
         line = rng.integers(GRID)
-        first, second = np.sort(rng.choice(GRID, 2, replace=False))
-        grid[line, [first, second]] = spec.types
+        places = np.sort(rng.choice(GRID, len(spec.types), replace=False))
+        grid[line, places] = spec.types
         return grid if spec.relation == "left of" else grid.T.copy()
     grid.flat[rng.choice(GRID * GRID, spec.number, replace=False)] = spec.types[0]
     return grid
@@ -183,17 +200,17 @@ def _question(text, choices, answer, element):
     return {"question": text, "choices": list(choices), "answer": answer, "element": element}
 
 
-def questions(caption):
-    """Caption -> 8 to 10 multiple-choice questions whose answers can be seen in the image alone.
+def questions(caption, variant=""):
+    """Caption -> 8 to 12 multiple-choice questions whose answers can be seen in the image alone.
 
-    The same caption always gets the same questions; half of its yes/no questions are answered
-    'yes'.
+    The same caption always gets the same questions, another variant of them asks about other
+    objects; half of the yes/no questions are answered 'yes'.
     """
     spec = parse(caption)
 
     def pick(what, options):
         options = list(options)
-        return options[_hash("question", caption, what) % len(options)]
+        return options[_hash("question", caption, what, variant) % len(options)]
 
     def absent(what):
         """A type that is not in the scene but differs from one that is in just one attribute."""
@@ -206,10 +223,9 @@ def questions(caption):
         return pick(what + " near", options)
 
     asked = []
-    if spec.kind == "pair":
-        sides = ("at the top", "at the bottom")
-        if spec.relation == "left of":
-            sides = ("on the left", "on the right")
+    if spec.relation:
+        first, last = SIDES[spec.relation]
+        sides = (first, last) if spec.kind == "pair" else (first, MIDDLE, last)
         for side, index in zip(sides, spec.types):
             t = TYPES[index]
             asked += [
@@ -217,10 +233,11 @@ def questions(caption):
                 _question(f"what shape is {side}?", SHAPES, t.shape, "shape"),
                 _question(f"what size is the shape {side}?", SIZES, t.size, "attribute"),
             ]
-        which = pick("where", (0, 1))
-        text = f"where is the {name(spec.types[which])}?"
-        answer = sides[which].split()[-1]
-        asked.append(_question(text, ("left", "right", "top", "bottom"), answer, "spatial"))
+        if spec.kind == "pair":
+            which = pick("where", (0, 1))
+            text = f"where is the {name(spec.types[which])}?"
+            answer = sides[which].split()[-1]
+            asked.append(_question(text, ("left", "right", "top", "bottom"), answer, "spatial"))
     else:
         t = TYPES[spec.types[0]]
         one = spec.kind == "single"
@@ -288,8 +305,8 @@ def judge(image, caption):
     """Does the image show what the caption says? -> dict of bools.
 
     objects: the same set of sized shapes, in whatever colour; colours: the same set of colours;
-    counts: as many; positions: the relation holds between the named objects; correct: exactly the
-    scene of the caption.
+    counts: as many; positions: the relation holds between neighbours in the caption; correct:
+    exactly the scene of the caption.
     """
     grid = read(image)
     spec = parse(caption)
@@ -301,11 +318,9 @@ def judge(image, caption):
         places = [np.argwhere(grid == t) for t in spec.types]
         positions = all(len(p) == 1 for p in places)
         if positions:
-            (row, column), (row2, column2) = places[0][0], places[1][0]
-            if spec.relation == "left of":
-                positions = bool(row == row2 and column < column2)
-            else:
-                positions = bool(column == column2 and row < row2)
+            rows, columns = np.concatenate(places).T
+            line, along = (rows, columns) if spec.relation == "left of" else (columns, rows)
+            positions = bool((line == line[0]).all() and (np.diff(along) > 0).all())
 
     number_of_each = spec.number // len(spec.types)
     shapes = {t and (t.size, t.shape) for t in seen}
@@ -358,6 +373,12 @@ def answer(image, question):
         if row == row2:
             return "left" if column < column2 else "right"
         return "top" if row < row2 else "bottom"
+    if match := re.fullmatch(rf"what (color|shape|size) is (?:the shape )?{MIDDLE}", text):
+        # the second of exactly three objects in one row or column
+        rows, columns = places.T
+        if len(found) != 3 or len(set(rows)) > 1 and len(set(columns)) > 1:
+            return "none"
+        return attribute(found[1], match[1])
     where = r"(?:the shape )?(?:on|at) the (left|right|top|bottom)"
     if match := re.fullmatch(rf"what (color|shape|size) is {where}", text):
         # the one object farthest on that side, if the objects spread in that direction at all
@@ -420,8 +441,9 @@ def sheet(path, zoom=2):
     """Draw all 40 objects and one scene for each of some captions, with labels, to look at."""
     rng = np.random.default_rng(0)
     chosen = [captions()[i] for i in rng.choice(len(CAPTIONS), 8, replace=False)]
-    chosen += [c for c in captions() if parse(c).kind == "single"][:2]
-    chosen += [c for c in captions() if parse(c).kind == "count"][::17][:6]
+    chosen += [c for c in captions() if parse(c).kind == "pair"][::331][:4]
+    chosen += [c for c in captions() if parse(c).kind == "single"][:1]
+    chosen += [c for c in captions() if parse(c).kind == "count"][::31][:3]
     tiles = [(name(i), TEMPLATES[i]) for i in range(len(TYPES))]
     tile = CELL * zoom * 2
     scene_tile = SIDE * zoom

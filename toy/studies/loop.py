@@ -37,7 +37,7 @@ from hermesflow.files import parse_json, read_object, read_text
 from hermesflow.jsonl import read_jsonl
 from hermesflow.options import COUNT, SEED, stage_parser
 from hermesflow.outputs import run_main
-from hermesflow.records import Pair
+from hermesflow.records import Pair, Sample, Score
 from hermesflow.tables import tensors_of
 from model import load
 from tables import RESULTS, forest, publish, tables
@@ -117,25 +117,20 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
     return out
 
 
-def records(split: str, n: int, seed: int, start: int = 0) -> Path:
-    """The first n records of a split in the order of a seed, or those from `start` on."""
+def records(split: str, n: int, seed: int) -> Path:
+    """The first n records of a split in the order of a seed."""
     folder = RUNS / f"{split}-{n}-{seed}"
-    file = folder / "records.jsonl"
-    part = folder / f"from-{start}.jsonl"
     with exclusive(folder):
-        if not file.exists():
+        if not (folder / "records.jsonl").exists():
             world.records(split, n, seed, str(folder))
-        if start and not part.exists():
-            lines = read_text(file).splitlines(keepends=True)
-            part.write_text("".join(lines[start:]), encoding="utf-8")
-    return part if start else file
+    return folder / "records.jsonl"
 
 
 # -------------------------------------------------------------------------------------- evaluations
 
-# evaluations on other records than the 600 held-out ones
-UNSEEN = "the other 101 held-out captions"
-TRAINING = "captions of the training records"
+BEST_OF_8 = "best of 8 by self-score"  # an evaluation of one drawing out of eight
+SCALES = (0, 0.25, 0.5, 1, 2)  # of guidance, from which every policy gets its own
+NO_CAPTIONS = "--captions 1 --max-new-tokens 1 --batch 64 --show 0"
 
 
 def fault(grid, caption: str) -> str:
@@ -158,24 +153,50 @@ def faults_of(model, rows: list[EvalRecord]) -> Counter:
     return Counter(fault(grid, r.text) for grid, r in zip(grids, wrong))
 
 
+def drawn_right(model, folder: Path) -> int:
+    """Of the first drawings that stage 1 sampled, how many have everything right."""
+    counted = Path(f"{folder}.right")
+    if not counted.exists():
+        image_tokenizer = load(str(model))
+        right = 0
+        for sample in read_jsonl(folder / "samples.jsonl", Sample):
+            _, found = switches.oracle(image_tokenizer, sample, tensors_of(sample)["images"][:1])
+            right += sum(found)
+        counted.write_text(str(right))
+    return int(counted.read_text())
+
+
+@functools.cache
+def best_guidance(model, seed: int) -> float:
+    """Of SCALES, the one at which a checkpoint draws most of 300 validation captions right.
+
+    One drawing each. Of equals, the lowest.
+    """
+    right = {}
+    for scale in SCALES:
+        options = f"--seed {seed} {DEFAULTS['SAMPLE']} {NO_CAPTIONS} --images 1 --guidance {scale}"
+        folder = step("01", options, model=model, records=records("validation", 300, 0))
+        right[scale] = drawn_right(model, folder)
+    return max(SCALES, key=right.get)
+
+
 @functools.cache
 def evaluate(model, seed: int, evaluation: str = "") -> dict:
-    """What a checkpoint does on held-out records.
+    """What a checkpoint does on 600 test records, which nothing was chosen on.
 
-    evaluation: UNSEEN, TRAINING, or options of stage 4. Per record, in their order: questions
-    answered right about real image and drawing, of how many; whole drawing right; caption score in
-    thousandths. Then the mean number of words of a caption, and the faults of wrong drawings.
+    evaluation: options of stage 4, or BEST_OF_8. Without a guidance, it draws at its own best one.
+    Per record, in their order: questions answered right about real image and drawing, of how many;
+    whole drawing right; caption score in thousandths. Then the guidance, the mean number of words
+    of a caption, and the faults of wrong drawings.
     """
-    options = ""
-    if evaluation == UNSEEN:
-        data = records("eval", 701, 0, 600)
-    elif evaluation == TRAINING:
-        data = records("preference", 512, seed)
-    else:
-        data = records("eval", 600, 0)
-        options = evaluation
+    if evaluation == BEST_OF_8:
+        return evaluate(model, seed) | best_of_8(model, seed)
+    options = evaluation
+    if "--guidance" not in options:
+        options += f" --guidance {best_guidance(model, seed)}"
+    scale = float(options.split("--guidance")[1].split()[0])
     options = f"--seed {seed} {DEFAULTS['EVAL']} {options}"
-    folder = step("04", options, model=model, records=data)
+    folder = step("04", options, model=model, records=records("test", 600, 0))
     rows = list(read_jsonl(folder / "answers.jsonl", EvalRecord))
     words = [len(r.caption.split()) for r in rows]
     return {
@@ -184,9 +205,33 @@ def evaluate(model, seed: int, evaluation: str = "") -> dict:
         "questions": [len(r.questions) for r in rows],
         "everything": [int(r.all_right) for r in rows],
         "caption": [round(1000 * r.caption_score) for r in rows],
+        "guidance": scale,
         "words": round(sum(words) / len(rows), 3),
         "faults": faults_of(model, rows),
     }
+
+
+def best_of_8(model, seed: int) -> dict:
+    """What `evaluate` says of drawings, if the policy itself chooses the best of eight."""
+    options = f"--seed {seed} {DEFAULTS['SAMPLE']} {NO_CAPTIONS} --images 8"
+    options += f" --guidance {best_guidance(model, seed)}"
+    folder = step("01", options, model=model, records=records("test", 600, 0))
+    scored = step("02", DEFAULTS["SCORE"], model=model, samples=folder)
+    image_tokenizer = load(str(model))
+    drawn = []
+    everything = []
+    faults = Counter()
+    for sample, score in zip(read_jsonl(folder / "samples.jsonl", Sample),
+                             read_jsonl(scored / "scores.jsonl", Score)):
+        best = score.image_scores.index(max(score.image_scores))
+        codes = tensors_of(sample)["images"][best : best + 1]  # (1, N)
+        (share,), (right,) = switches.oracle(image_tokenizer, sample, codes)
+        drawn.append(round(share * len(sample.questions)))
+        everything.append(right)
+        if not right:
+            grid, = switches.grids(image_tokenizer, codes)
+            faults[fault(grid, sample.caption)] += 1
+    return {"drawn": drawn, "everything": everything, "faults": faults}
 
 
 def training_figures(folder: Path, pairs: Path) -> dict:
@@ -205,20 +250,17 @@ def training_figures(folder: Path, pairs: Path) -> dict:
 
 
 def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="",
-         training="", fixed_reference=False, self_play=False, captions=512, renewed=False):
+         training="", fixed_reference=False, self_play=False):
     """n rounds of self-play.
 
     sample, score, dpo: options of the stages that differ from configs/toy.sh; sampling, scoring,
-    training: switches of these stages. self_play: pairs by Eq. 9–10; captions: the number of
-    records in a round; renewed: every round has its own. Yields, for every round, the policy it
-    starts from and the folders of samples, pairs and training.
+    training: switches of these stages. self_play: pairs by Eq. 9–10. Yields, for every round, the
+    policy it starts from and the folders of samples, pairs and training.
     """
     policy = Path(base)
     previous = {}
     for r in range(1, n + 1):
-        train = records("preference", captions, seed)
-        if renewed:
-            train = records("preference", captions * r, seed, captions * (r - 1))
+        train = records("preference", 512, seed)
         run = f"--round {r} --seed {seed}"
         samples = step("01", f"{run} {DEFAULTS['SAMPLE']} {sample}", sampling,
                        model=policy, records=train)

@@ -1,4 +1,4 @@
-"""Main result: three rounds with the toy's settings, five seeds (data, sampling, order), one base.
+"""Main result: five rounds with the toy's settings, three seeds (data, sampling, order), one base.
 
     python toy/studies/main_result.py        # or --tables
 """
@@ -10,10 +10,10 @@ import numpy as np
 import loop
 from tables import METRICS, RIGHT, faults, interval, markdown, metrics
 
-ROUNDS = ("base", "round1", "round2", "round3")
-STEPS = [*zip(ROUNDS, ROUNDS[1:]), ("base", "round3")]
+ROUNDS = ("base", "round1", "round2", "round3", "round4", "round5")
+STEPS = [*zip(ROUNDS, ROUNDS[1:]), (ROUNDS[0], ROUNDS[-1])]
 GAP = METRICS.index("gap")
-VARIANTS = {"Pair-DPO": dict(n=3, evals=("", loop.UNSEEN))}
+VARIANTS = {"Pair-DPO": dict(n=5)}
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> str:
@@ -32,7 +32,7 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> str:
 def paired(results: dict) -> list[str]:
     """Differences between rounds, faults; per seed the gaps, and drawings that became right."""
     differences = [["paired difference", *METRICS]]
-    seeds = [["", *(f"{n}: gap, everything right" for n in ROUNDS), "gap closed"]]
+    seeds = [["", *(f"{n}: guidance, gap, everything right" for n in ROUNDS), "gap closed"]]
     tests = [["drawings that became right, wrong", *(f"{a} to {b}" for a, b in STEPS)]]
     for variant, by_seed in results.items():
         values = {}
@@ -48,7 +48,8 @@ def paired(results: dict) -> list[str]:
         for s, seed in enumerate(by_seed):
             gaps = [values[name][s, :, GAP].mean() for name in ROUNDS]
             rights = [values[name][s, :, RIGHT].mean() for name in ROUNDS]
-            row = [f"{gap:.3f}, {right:.3f}" for gap, right in zip(gaps, rights)]
+            scales = [by_seed[seed][name][""]["guidance"] for name in ROUNDS]
+            row = [f"{g:g}, {gap:.3f}, {right:.3f}" for g, gap, right in zip(scales, gaps, rights)]
             seeds.append([f"{variant}, seed {seed}", *row, f"{1 - gaps[-1] / gaps[0]:.0%}"])
             row = [mcnemar(values[a][s, :, RIGHT], values[b][s, :, RIGHT]) for a, b in STEPS]
             tests.append([f"{variant}, seed {seed}", *row])
@@ -56,4 +57,4 @@ def paired(results: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    loop.study("main_result", VARIANTS, against="Pair-DPO", seeds=(0, 1, 2, 3, 4), more=paired)
+    loop.study("main_result", VARIANTS, against="Pair-DPO", more=paired)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hermesflow.pictures import to_pil
-from hermesflow.sampling import stable_seed, uniforms
+from hermesflow.sampling import stable_seed
 from hermesflow.tables import tensors_of
 from model import LogProbs
 from toy import world
@@ -43,30 +43,6 @@ def change_image_logps(stage: dict, change) -> None:
 def batch_summed(stages):
     """Log-probs are summed over the micro-batch before σ: a batch is one preference."""
     stages["03"]["dpo_loss"] = lambda delta, beta: -F.logsigmoid(beta * delta.sum())
-
-
-def mismatched_dropout(stages):
-    """Whether the text is dropped is drawn separately for the winning and the losing image."""
-    stage = stages["03"]
-    make_batch = stage["make_batch"]
-
-    def dropped_separately(model, visits, seed, cond_dropout, guidance_scale):
-        text, image = make_batch(model, visits, seed, cond_dropout, guidance_scale)
-        prompts = []
-        for pair, epoch in visits:
-            for k in range(2):
-                draw = uniforms(stable_seed(*seed, pair.id, epoch, "drop", k), 1).item()
-                prompts.append("" if draw < cond_dropout else pair.drawing_text)
-        # win and lose are rows of their own, each behind its own text
-        images = image.images.flatten(0, 1)[:, None]  # (2B, 1, N)
-        masks = image.masks.repeat_interleave(2, 0)  # (2B, N)
-        return text, image._replace(prompts=prompts, images=images, masks=masks)
-
-    def side_by_side(gen):  # (2B, 1) -> (B, 2)
-        return LogProbs(gen.sums.view(-1, 2), gen.counts.view(-1, 2))
-
-    stage["make_batch"] = dropped_separately
-    change_image_logps(stage, side_by_side)
 
 
 def black_images(stages):
@@ -100,30 +76,6 @@ def misaligned_join(stages):
         return make_pairs(samples, misaligned, *arguments)
 
     stages["02"]["make_pairs"] = make_misaligned_pairs
-
-
-def independent_shuffling(stages):
-    """The two halves of a step come from different records, in two independent orders."""
-    stage = stages["03"]
-    training_order = stage["training_order"]
-    make_batch = stage["make_batch"]
-    partners = {}  # (id of the understanding half, epoch) -> pair of the generation half
-
-    def two_orders(pairs, steps, batch, seed):
-        und_order = training_order(pairs, steps, batch, seed)
-        gen_order = training_order(pairs, steps, batch, stable_seed(seed, "generation"))
-        for (und, epoch), (gen, _) in zip(und_order.tolist(), gen_order.tolist()):
-            partners[pairs[und].id, epoch] = pairs[gen]
-        return und_order
-
-    def make_mixed_batch(model, visits, *arguments):
-        text, _ = make_batch(model, visits, *arguments)
-        others = [stage["Visit"](partners[pair.id, epoch], epoch) for pair, epoch in visits]
-        _, image = make_batch(model, others, *arguments)
-        return text, image
-
-    stage["training_order"] = two_orders
-    stage["make_batch"] = make_mixed_batch
 
 
 def product_loss(stages):
@@ -181,27 +133,6 @@ def chosen_by_oracle(stages):
 # ------------------------------------------------------------------------------------------ recipes
 
 
-def guidance_in_turn(stages, *guidance_scales):
-    """The K images of a record are drawn at different guidance."""
-
-    def sample_images(model, records, count, sampling, seed):
-        codes = torch.empty(len(records), count, model.image_tokens, dtype=torch.long)  # (B, K, N)
-        for first, guidance_scale in enumerate(guidance_scales):
-            numbers = range(first, count, len(guidance_scales))
-            prompts = []
-            seeds = []
-            for r in records:
-                for k in numbers:
-                    prompts.append(r.drawing_text)
-                    seeds.append(stable_seed(*seed, r.id, "image", k))
-            own = dataclasses.replace(sampling, guidance_scale=float(guidance_scale))
-            drawn = model.generate_images(prompts, seeds, own)
-            codes[:, first :: len(guidance_scales)] = drawn.view(len(records), len(numbers), -1)
-        return codes
-
-    stages["01"]["sample_images"] = sample_images
-
-
 def masks(stages, K, complementary=False):
     """K masks per image instead of one, or K/2 masks and their complements.
 
@@ -241,37 +172,3 @@ def mean_over_slots(stages):
     change_image_logps(stages["03"], mean)
 
 
-def label_smoothing(stages, share):
-    """A share of the labels is taken to be wrong."""
-    share = float(share)
-
-    def dpo_loss(delta, beta):
-        right = F.logsigmoid(beta * delta)
-        wrong = F.logsigmoid(-beta * delta)
-        return -((1 - share) * right + share * wrong)
-
-    stages["03"]["dpo_loss"] = dpo_loss
-
-
-def filtered(stages, what, least):
-    """Only pairs that differ at least so much.
-
-    what: in their images' scores ("gap"), captions' scores ("caption_gap") or codes ("codes").
-    """
-    curate = stages["02"]["curate"]
-    least = float(least)
-
-    def difference(pair, tokens):
-        if what == "gap":
-            return pair.win_image_score - pair.lose_image_score
-        if what == "caption_gap":
-            return pair.win_caption_score - pair.lose_caption_score
-        return (tokens["win_image"] != tokens["lose_image"]).sum().item()
-
-    def curate_some(*arguments):
-        curated = curate(*arguments)
-        if isinstance(curated, str) or difference(*curated) >= least:
-            return curated
-        return f"filtered: {what} below {least}"
-
-    stages["02"]["curate"] = curate_some

@@ -15,7 +15,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
 KINDS = ("objects missing", "objects too many", "another object", "relation")
 RIGHT = METRICS.index("everything right")
-SHADES = {"base": "#9ca3af", "round1": "#93c5fd", "round2": "#3b82f6", "round3": "#1e3a8a"}
+SHADES = {"base": "#9ca3af", "round1": "#bfdbfe", "round2": "#93c5fd", "round3": "#3b82f6",
+          "round4": "#1d4ed8", "round5": "#1e3a8a"}
 
 
 # ---------------------------------------------------------------------------- metrics and intervals
@@ -205,8 +206,8 @@ def forest(results: dict, against: str) -> str:
     for dots in lines.values():
         shown |= {dot[0] for dot in dots}
     for i, round_ in enumerate(name for name in SHADES if name in shown):
-        dot = f'<circle cx="{430 + 90 * i}" cy="{height + 10}" r="5" fill="{SHADES[round_]}"/>'
-        parts.append(dot + text(440 + 90 * i, height + 14, round_, grey))
+        dot = f'<circle cx="{430 + 78 * i}" cy="{height + 10}" r="5" fill="{SHADES[round_]}"/>'
+        parts.append(dot + text(440 + 78 * i, height + 14, round_, grey))
     return "\n".join(parts) + "</svg>\n"
 
 

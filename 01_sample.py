@@ -90,7 +90,6 @@ if __name__ == "__main__":
     run_main(lambda: require(*model_inputs(ARGS).values()))
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain, count, islice
 
 import torch
@@ -223,9 +222,9 @@ def caption_image(model: Model, file: str, count: int, settings: list[tuple], ma
                   seed: tuple) -> None:
     """Print `count` captions of one image file."""
     codes = model.encode_image(load_image(file, model.image_size)[None])
-    tokens = partial(tqdm, desc="caption", unit="token")
-    captions = sample_captions(model, codes, ["image"], count, settings, max_new_tokens, seed,
-                               progress=tokens)[0]
+    captions = sample_captions(
+        model, model.looked_at([file], codes), ["image"], count, settings, max_new_tokens, seed,
+        progress=lambda steps: tqdm(steps, desc="caption", unit="token"))[0]
     for k, caption in enumerate(captions):
         top_k, temperature = settings[k % len(settings)]
         print(f"top-k {top_k:<3} temperature {temperature:<4} {model.decode_text(caption.ids)}")
@@ -267,7 +266,8 @@ def main(args):
             results += [{"id": r.id, "skipped": reason} for reason in reasons or []]
         if good:
             codes = model.encode_image(torch.stack(pixels))
-            captions = sample_captions(model, codes, [r.id for r in good], args.captions,
+            seen = model.looked_at([r.image for r in good], codes)
+            captions = sample_captions(model, seen, [r.id for r in good], args.captions,
                                        args.caption_settings, args.max_new_tokens, seed)
             images = sample_images(model, good, args.images, sampling, seed)
             for i, r in enumerate(good):

@@ -100,10 +100,9 @@ from hermesflow.lora import add_adapters, merge_adapters
 from hermesflow.records import CAPTION_QUESTION, Pair
 from hermesflow.runs import prepare_output, say
 from hermesflow.sampling import stable_seed, uniforms
-from hermesflow.showo import decay_groups
 from hermesflow.states import State, final_weights
 from hermesflow.tables import check_pairs, tensors_of
-from hermesflow.training import (Interruptions, ReferenceFile, Visit, micro_batches,
+from hermesflow.training import (Interruptions, ReferenceFile, Visit, decay_groups, micro_batches,
                                  remaining_steps, start_accelerator, training_order)
 from hermesflow.watching import (Previews, assert_healthy, distance, due, figures, gradient_figures,
                                  half_norms, mean_figures, start_trackers, write_log)
@@ -164,12 +163,14 @@ def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: flo
         texts.append("" if draw < cond_dropout else pair.drawing_text)
         mask_seeds.append(stable_seed(*seed, pair.id, epoch, "mask"))
     masks = model.training_masks(mask_seeds)  # (B, N)
-    x = torch.stack([t["image"] for t in tensors])  # (B, N)
+    codes = torch.stack([t["image"] for t in tensors])  # (B, N)
+    x = model.looked_at([pair.image for pair, _ in visits], codes)
     captions = [[t["win_caption"].tolist(), t["lose_caption"].tolist()] for t in tensors]
     ended = [[p.win_ended, p.lose_ended] for p, _ in visits]
     images = [torch.stack([t["win_image"], t["lose_image"]]) for t in tensors]
     return (TextBatch(x, [CAPTION_QUESTION] * len(visits), captions, ended),
-            ImageBatch(texts, torch.stack(images), masks, guidance_scale))  # (B, 2, N)
+            ImageBatch(texts, torch.stack(images), masks, guidance_scale,  # (B, 2, N)
+                       [pair.drawing_text for pair, _ in visits]))
 
 
 # ----------------------------------------------------------------------------------------- training

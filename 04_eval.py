@@ -150,7 +150,7 @@ def evaluator(model: Model, load_tools, sampling: ImageSampling, seed: int, max_
 
         # understanding: the model about the real image
         pixels = torch.stack([record_image(model, r) for r in records])
-        real = model.encode_image(pixels)  # (B, N)
+        real = model.looked_at([r.image for r in records], model.encode_image(pixels))
         requests = [TextRequest(i, CAPTION_QUESTION) for i in range(len(records))]
         captions = [model.decode_text(text.ids) for text in model.generate_text(real, requests)]
         answers = answer_questions(model, real, [r.questions for r in records], max_new_tokens)

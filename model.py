@@ -1,61 +1,35 @@
 """The unified model as the stages see it: images and texts in, images, texts and log-probs out.
 
-A second backbone is one more file like hermesflow/showo.py and a class with these methods, chosen
-in `load`. Images are everywhere (B, N) long codes or (B, 3, H, W) float pixels in [-1, 1].
+The class here is Show-o's. Another backbone is one more file like hermesflow/janus.py, a class with
+these methods, which `load` picks by config.json. Images are everywhere (B, N) long codes or
+(B, 3, H, W) float pixels in [-1, 1].
 
 Shapes in comments: B rows, S responses behind one prompt, N image tokens, R texts, V vocabulary.
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
-from hermesflow.checkpoints import (load_tokenizer, phi_config, phi_fields, read_showo_config,
-                                    save_tokenizer)
+from hermesflow.checkpoints import (load_tokenizer, phi_config, phi_fields, read_config,
+                                    refuse_clip_vit, save_tokenizer)
 from hermesflow.files import InputError, atomic
 from hermesflow.magvit import Magvit, load_magvit, save_magvit
-from hermesflow.options import IMAGE_TOKENIZER, TEXT_TOKENIZER, ImageSampling
-from hermesflow.prefixes import GuidedLogits, ImagePrefix
+from hermesflow.options import BACKBONES, IMAGE_TOKENIZER, TEXT_TOKENIZER, ImageSampling
+from hermesflow.packed import (ImageBatch, LogProbs, Pack, Segment, TextBatch, answer_segment, pack,
+                               responses_only)
+from hermesflow.pictures import load_image
+from hermesflow.prefixes import GuidedLogits, write_texts
 from hermesflow.runs import processes
-from hermesflow.sampling import (Generated, TextRequest, maskgit_decode, random_mask, sample_tokens,
-                                 uniforms)
-from hermesflow.showo import Pack, Segment, Showo, answer_segment, build_showo, image_segment, pack
+from hermesflow.sampling import Generated, TextRequest, maskgit_decode, random_mask, uniforms
+from hermesflow.showo import Showo, build_showo, image_segment
 from hermesflow.weights import full_precision, load_checkpoint
 
 IMAGE_TOKENS_AT_ONCE = 4096  # decoded in one forward pass: enough to fill a processor
-
-
-class LogProbs(NamedTuple):
-    """Sums of log-probs and numbers of tokens, (B, S) each: S responses behind one prefix."""
-
-    sums: torch.Tensor
-    counts: torch.Tensor
-
-
-class TextBatch(NamedTuple):
-    """Texts about images: for each of B images a question and S responses, as token ids.
-
-    ended: whether the response came to `<|eot|>`, which is then predicted, too [all did].
-    """
-
-    images: torch.Tensor
-    prompts: list[str]
-    responses: list[list[list[int]]]
-    ended: list[list[bool]] | None = None
-
-
-class ImageBatch(NamedTuple):
-    """Images of texts: for each of B texts S images (B, S, N) under one mask (B, N)."""
-
-    prompts: list[str]
-    images: torch.Tensor
-    masks: torch.Tensor
-    guidance_scale: float = 0.0
 
 
 class Model:
@@ -88,6 +62,12 @@ class Model:
         """(B, N) codes -> (B, 3, H, W) pixels, about [-1, 1]."""
         return torch.cat([self.vq.decode(c.to(self.device)) for c in codes.split(1)])
 
+    def looked_at(self, files: list, codes: torch.Tensor | None = None) -> torch.Tensor:
+        """What texts about image files are behind: their codes (B, N), if those are known."""
+        if codes is not None:
+            return codes
+        return torch.stack([load_image(file, self.image_size) for file in files])  # (B, 3, H, W)
+
     def codes_of(self, images: torch.Tensor) -> torch.Tensor:
         return self.encode_image(images) if images.is_floating_point() else images
 
@@ -106,59 +86,9 @@ class Model:
     @torch.inference_mode()
     def generate_text(self, images: torch.Tensor, requests: list[TextRequest],
                       max_new_tokens: int = 100, progress=iter) -> list[Generated]:
-        """One text per request. progress: wraps the steps, as tqdm does.
-
-        Each image is computed once and shared by all its captions and answers; rows that have ended
-        leave the batch.
-        """
-        if not requests:
-            return []
-        tokens = self.tokens
-        device = self.device
-        prompts = [tokens.text_prompt(r.prompt) for r in requests]
-        R = len(requests)
-        Q = max(map(len, prompts))
-        image = torch.tensor([r.image for r in requests], device=device)  # (R,)
-        prefix = ImagePrefix(self.net, self.codes_of(images), image)
-
-        # prompts are padded on the left; nobody sees the padding
-        padding = torch.tensor([Q - len(p) for p in prompts], device=device)  # (R,)
-        ids = torch.tensor([[tokens.pad] * (Q - len(p)) + p for p in prompts], device=device)
-        column = torch.arange(Q + max_new_tokens, device=device)
-        visible = column >= padding[:, None]  # (R, Q+max_new)
-        causal = column[:Q] <= column[:Q, None]  # (Q, Q)
-        mask = (visible[:, None, :Q] & causal)[:, None]  # (R, 1, Q, Q)
-        positions = prefix.width + (column - padding[:, None]).clamp(min=0)  # (R, Q+max_new)
-        cache = DynamicCache()
-        hidden = self.net.hidden(ids, positions[:, :Q], cache, mask, images=prefix)
-
-        draws = torch.stack([uniforms(r.seed, max_new_tokens) for r in requests]).to(device)
-        top_k = torch.tensor([r.top_k for r in requests], device=device)
-        temperature = torch.tensor([r.temperature for r in requests], device=device)
-        texts = [[] for _ in requests]
-        ended = [False] * R
-        alive = torch.arange(R, device=device)  # the rows that go on
-        for step in progress(range(max_new_tokens)):
-            logits = self.net.showo.lm_head(hidden[:, -1]).float()  # (R, V)
-            new = sample_tokens(logits, top_k[alive], temperature[alive], draws[alive, step])
-            for row, token in zip(alive.tolist(), new.tolist()):
-                if token == tokens.eot:
-                    ended[row] = True
-                else:
-                    texts[row].append(token)
-            going = new != tokens.eot
-            if not going.any() or step == max_new_tokens - 1:
-                break
-            if not going.all():
-                alive = alive[going]
-                new = new[going]
-                cache.batch_select_indices(going.nonzero()[:, 0])
-                prefix.choose(prefix.image[going])
-            end = Q + step + 1
-            mask = visible[alive, None, None, :end]  # (R, 1, 1, end)
-            hidden = self.net.hidden(new[:, None], positions[alive, end - 1 : end], cache, mask,
-                                     images=prefix)
-        return [Generated(*text) for text in zip(texts, ended)]
+        """One text per request. progress: wraps the steps, as tqdm does."""
+        images = self.codes_of(images)
+        return write_texts(self.net, images, requests, max_new_tokens, progress)
 
     @torch.inference_mode()
     def generate_images(self, prompts: list[str], seeds: list[int] | None,
@@ -186,9 +116,9 @@ class Model:
         """log π(response | image, question): its tokens and `<|eot|>`, whole vocabulary. (B, S)"""
         return responses_only(self.net(self.pack_text(TextBatch(images, prompts, responses)))[0])
 
-    def image_logps(self, prompts, images, masks, guidance_scale: float = 0.0) -> LogProbs:
+    def image_logps(self, prompts, images, masks, guidance_scale=0.0, texts=None) -> LogProbs:
         """log π(image | text): masked slots, whole vocabulary; guided: image codes. (B, S)"""
-        batch = ImageBatch(prompts, images, masks, guidance_scale)
+        batch = ImageBatch(prompts, images, masks, guidance_scale, texts)
         return responses_only(self.net(self.pack_images(batch))[0])
 
     def pair_logps(self, text: TextBatch, image: ImageBatch) -> tuple[LogProbs, LogProbs]:
@@ -237,22 +167,39 @@ class Model:
         if len(self.tokens.text_prompt(text)) > room:
             raise InputError(f"{where} does not fit into {room} tokens")
 
+    def write(self, folder: Path, weights: dict) -> None:
+        """Write a checkpoint under the published names, with both tokenizers.
 
-def responses_only(segments: tuple[torch.Tensor, torch.Tensor]) -> LogProbs:
-    """(B, 1 + S) sums and counts of a pack, without the prefix."""
-    sums, counts = segments
-    return LogProbs(sums[:, 1:], counts[:, 1:])
+        The original program reads all of it; hermesflow/README.md says which of its settings names
+        what.
+        """
+        config = {**self.config, "_class_name": "Showo"}
+        if Path(config.get("llm_model_path", "")).name != "phi-1_5":
+            config["llm_model_path"] = "phi_config.json"
+            sizes = json.dumps(phi_fields(self.phi), indent=1) + "\n"
+            (folder / "phi_config.json").write_text(sizes)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file(weights, folder / "pytorch_model.safetensors", {"format": "pt"})
+        save_magvit(self.vq, folder / "magvitv2")
+        save_tokenizer(self.tokens.tokenizer, folder / "tokenizer")
 
 
 # ------------------------------------------------------------------------------- loading and saving
 
-def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu",
-         dtype=torch.float32) -> Model:
-    """Load a checkpoint folder or hub id: the published layout, or ours with both tokenizers.
+def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu", dtype=torch.float32):
+    """The model of a checkpoint folder or hub id, of the backbone that its config.json names.
 
-    The image tokenizer stays float32. Raises InputError naming what is missing or does not fit.
+    Image tokenizers stay float32. Raises InputError naming what is missing or does not fit.
     """
-    config = read_showo_config(name)
+    config = read_config(name)
+    module = BACKBONES.get(str(config.get("model_type")))
+    load_backbone = import_module(module).load if module else load_showo
+    return load_backbone(name, config, image_tokenizer, text_tokenizer, device, dtype)
+
+
+def load_showo(name, config: dict, image_tokenizer, text_tokenizer, device, dtype) -> Model:
+    """Show-o in the published layout, or in ours with both tokenizers."""
+    refuse_clip_vit(config, name)
     where = f"{name}/config.json"
     own = {p.name: str(p) for p in Path(name).glob("*/")}  # our folders hold both tokenizers
     phi = phi_config(name, config.get("llm_model_path", TEXT_TOKENIZER))
@@ -268,28 +215,18 @@ def load(name, image_tokenizer=None, text_tokenizer=None, device="cpu",
     return Model(net.to(device).eval(), vq.to(device))
 
 
-def load_from(args) -> Model:
+def load_from(args):
     """The checkpoint that a stage's model options name, on the device of this process."""
     device = args.device or processes().device
     dtype = getattr(torch, args.dtype)
     return load(args.model, args.image_tokenizer, args.text_tokenizer, device, dtype)
 
 
-def save(model: Model, folder, weights: dict | None = None) -> None:
-    """Write one self-contained checkpoint folder, in float32, under the published names.
+def save(model, folder, weights: dict | None = None) -> None:
+    """Write one self-contained checkpoint folder, in float32.
 
-    weights: the network's parameters if they are not in the model itself (sharded training). The
-    original program reads all of it; hermesflow/README.md says which of its settings names what.
+    weights: the network's parameters if they are not in the model itself (sharded training).
     """
-    config = {**model.config, "_class_name": "Showo"}
     with atomic(folder) as temporary:
         temporary.mkdir()
-        if Path(config.get("llm_model_path", "")).name != "phi-1_5":
-            config["llm_model_path"] = "phi_config.json"
-            sizes = json.dumps(phi_fields(model.phi), indent=1) + "\n"
-            (temporary / "phi_config.json").write_text(sizes)
-        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        weights = full_precision(weights or model.net.state_dict())
-        save_file(weights, temporary / "pytorch_model.safetensors", {"format": "pt"})
-        save_magvit(model.vq, temporary / "magvitv2")
-        save_tokenizer(model.tokens.tokenizer, temporary / "tokenizer")
+        model.write(temporary, full_precision(weights or model.net.state_dict()))

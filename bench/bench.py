@@ -81,10 +81,10 @@ from hermesflow.checkpoints import load_tokenizer
 from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
 from hermesflow.outputs import run_main
+from hermesflow.packed import Segment, answer_segment
 from hermesflow.records import CAPTION_QUESTION
 from hermesflow.sampling import random_mask, stable_seed, uniforms
-from hermesflow.showo import (Segment, Showo, Tokens, answer_segment, build_showo,
-                              image_segment)
+from hermesflow.showo import Showo, Tokens, build_showo, image_segment
 from hermesflow.tables import load_tensors, save_tensors
 from model import (ImageBatch, ImageSampling, LogProbs, Model, TextBatch, TextRequest,
                    load)

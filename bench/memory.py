@@ -25,7 +25,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.bench import dpo_rows, empty_net, flop_counter
-from hermesflow.showo import IGNORE, Pack, Showo, pack
+from hermesflow.packed import IGNORE, Pack, pack
+from hermesflow.showo import Showo
 
 
 def count(net: Showo, packs: list[Pack], labels: list[int]) -> tuple[int, int]:

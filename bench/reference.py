@@ -11,9 +11,10 @@ codes.
 import torch
 import torch.nn.functional as F
 
+from hermesflow.packed import IGNORE, Pack, Segment
 from hermesflow.sampling import (MASKED, TextRequest, cosine_mask_count, mask_by_random_topk,
                                  sample_categorical, uniforms)
-from hermesflow.showo import IGNORE, Pack, Segment, Showo, Tokens
+from hermesflow.showo import Showo, Tokens
 
 # ------------------------------------------------------------------------------ logits under a mask
 

@@ -9,13 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from evals.official import require
 from hermesflow.files import remove
 from hermesflow.inputs import read_records
 from hermesflow.options import ImageSampling
-from hermesflow.pictures import load_image, save_picture, to_pil
+from hermesflow.pictures import save_picture, to_pil
 from hermesflow.records import Record
 from hermesflow.runs import from_main, map_records, processes, wait_until
 from hermesflow.sampling import TextRequest, stable_seed
@@ -44,9 +42,9 @@ def asker(model, out: Path, batch: int, label: str, max_new_tokens: int):
 
     def answer(chunk: list[ImageQuestion]) -> list[dict]:
         files = list(dict.fromkeys(q.image for q in chunk))  # each image is read and prefilled once
-        pixels = torch.stack([load_image(f, model.image_size) for f in files])  # (I, 3, H, W)
+        images = model.looked_at(files)
         requests = [TextRequest(files.index(q.image), q.prompt) for q in chunk]
-        generated = model.generate_text(pixels, requests, max_new_tokens)
+        generated = model.generate_text(images, requests, max_new_tokens)
         answers = [model.decode_text(g.ids).strip() for g in generated]
         return [{"id": q.id, "answer": a} for q, a in zip(chunk, answers)]
 

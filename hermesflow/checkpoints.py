@@ -61,14 +61,12 @@ def read_config(folder) -> dict:
     return read_object(path)
 
 
-def read_showo_config(folder) -> dict:
-    """The same of a Show-o. Raises InputError for the variant that sees images without codes."""
-    config = read_config(folder)
+def refuse_clip_vit(config: dict, folder) -> None:
+    """Raises InputError for the variant of Show-o that sees images without codes."""
     if config.get("w_clip_vit"):
         what = "understands images by continuous CLIP-ViT features, not by the codes that it draws"
         message = f"this Show-o {what}; take one of codes only, such as showlab/show-o-512x512"
         raise InputError(f"{folder}/config.json: field 'w_clip_vit' is true: {message}")
-    return config
 
 
 def refuse(where: str, field: str, wanted: str, value) -> None:

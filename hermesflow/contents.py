@@ -136,6 +136,8 @@ def code_of(files: Iterable[str]) -> dict[str, str]:
                 modules = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom) and node.module:
                 modules = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            if isinstance(node, ast.Constant) and str(node.value).startswith("hermesflow."):
+                modules = [node.value]  # for import_module
             paths = [ROOT / (module.replace(".", "/") + ".py") for module in modules]
             todo += [p for p in paths if p.is_file()]
     return dict(sorted(found.items()))

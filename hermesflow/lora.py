@@ -18,18 +18,18 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_adapters(net: nn.Module, rank: int, seed: tuple, precision: str = "no") -> None:
-    """Freeze a Showo, and put A (rank, in) and B (out, rank), float32, beside its linear layers.
+    """Freeze a network, and put A (rank, in) and B (out, rank), float32, beside its linear layers.
 
     A is drawn as a linear layer's weights are, from (seed, its name). precision: that of autocast.
     Raises InputError if the rank is above the network's width: whole matrices would be smaller.
     """
     from peft import LoraConfig, inject_adapter_in_model  # optional
 
-    width = net.showo.config.hidden_size
+    blocks = net.blocks
+    width = blocks.config.hidden_size
     if rank > width:
         raise InputError(f"--lora {rank}: the network is {width} wide; a rank is at most that")
     net.requires_grad_(False)
-    blocks = net.showo.model
     names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=names)
     with torch.random.fork_rng(devices=[]):

@@ -8,16 +8,19 @@ import math
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from hermesflow.files import InputError
-from hermesflow.hub import require
+from hermesflow.files import InputError, read_object
+from hermesflow.hub import find, require
 
 # what options name that is no model
 BUILT_IN = {"judge": ("toy", "self"), "caption_scorer": ("token-f1",), "matcher": ("text",)}
 IMAGE_TOKENIZER = "showlab/magvitv2"  # where a checkpoint has none of its own
 TEXT_TOKENIZER = "microsoft/phi-1_5"
+# model_type in config.json -> the module that loads such a checkpoint; all others are Show-o
+BACKBONES = {"janus": "hermesflow.janus"}
 
 
 @dataclass
@@ -199,11 +202,21 @@ def add_model_options(parser) -> None:
 
 def model_inputs(args) -> dict:
     """What a checkpoint consists of, for `Output.inputs`; its own tokenizers are part of it."""
-    own_image = (Path(args.model) / "magvitv2").is_dir()
-    own_text = (Path(args.model) / "tokenizer").is_dir()
+    whole = is_whole(args.model)
+    own_image = whole or (Path(args.model) / "magvitv2").is_dir()
+    own_text = whole or (Path(args.model) / "tokenizer").is_dir()
     return {"model": args.model,
             "image_tokenizer": args.image_tokenizer or (None if own_image else IMAGE_TOKENIZER),
             "text_tokenizer": args.text_tokenizer or (None if own_text else TEXT_TOKENIZER)}
+
+
+def is_whole(model: str) -> bool:
+    """Whether a checkpoint holds all its parts, as those of other backbones than Show-o do."""
+    with suppress(InputError):  # of a name that is nothing: said when it is loaded
+        file = os.path.join(model, "config.json")
+        file = file if os.path.exists(model) else find(model, "config.json")
+        return file is not None and str(read_object(file).get("model_type")) in BACKBONES
+    return False
 
 
 def add_sampling_options(parser) -> None:
@@ -214,7 +227,7 @@ def add_sampling_options(parser) -> None:
     add("--guidance", type=GUIDANCE, default=default.guidance_scale,
         help="(1 + g)·cond − g·uncond")
     add("--temperature", type=number(0, 1000), default=default.temperature,
-        help="of the confidence noise")
+        help="of the confidence noise, or, of autoregressive images, of the softmax")
     add("--anneal", choices=["compound", "maskgit"], default=default.anneal,
         help="of that temperature: as the original, or as MaskGIT")
     add("--guidance-interval", type=SHARE, nargs=2, metavar="SHARE", action=Interval,

@@ -18,11 +18,10 @@ LETTER = 6  # its width, about
 SRGB = ImageCms.createProfile("sRGB")
 
 
-def load_image(path, size: int) -> torch.Tensor:
-    """An image file as (3, size, size) pixels in [-1, 1].
+def open_image(path) -> Image.Image:
+    """An image file as an upright sRGB picture.
 
-    As the original does: shorter side to `size` (bicubic, antialiased), centre crop. Raises
-    InputError if the file is no image, or more than a hundred times as long as wide.
+    Raises InputError if the file is no image, or more than a hundred times as long as wide.
     """
     try:
         require_regular(path)
@@ -37,6 +36,16 @@ def load_image(path, size: int) -> torch.Tensor:
     if long > 100 * short:
         width, height = image.size
         raise InputError(f"{path}: an image of {width}x{height} pixels has no usable centre")
+    return image
+
+
+def load_image(path, size: int) -> torch.Tensor:
+    """An image file as (3, size, size) pixels in [-1, 1].
+
+    As the original does: shorter side to `size` (bicubic, antialiased), centre crop.
+    """
+    image = open_image(path)
+    short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left = round((width - size) / 2)

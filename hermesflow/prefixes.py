@@ -8,7 +8,7 @@ L text positions.
 import torch
 from transformers import DynamicCache
 
-from hermesflow.sampling import MASKED
+from hermesflow.sampling import MASKED, Generated, TextRequest, sample_tokens, uniforms
 from hermesflow.showo import Showo
 
 
@@ -79,14 +79,10 @@ class GuidedLogits:
 class ImagePrefix:
     """Keys and values of images. Any number of texts look at each of them, and none gets a copy."""
 
-    def __init__(self, net: Showo, codes: torch.Tensor, image: torch.Tensor):
-        """codes (I, N); image (R,): the one that each row of text looks at."""
-        prompts = [net.tokens.mmu_prompt(c) for c in codes.tolist()]
-        ids = torch.tensor(prompts, device=net.device)  # (I, P)
-        self.cache = DynamicCache()
-        self.width = ids.shape[1]
-        positions = torch.arange(self.width, device=net.device)[None]
-        net.hidden(ids, positions, self.cache)  # an image sees itself whole
+    def __init__(self, cache: DynamicCache, image: torch.Tensor):
+        """cache: of I images; image (R,): the one that each row of text looks at."""
+        self.cache = cache
+        self.width = cache.get_seq_length()
         self.choose(image)
 
     def choose(self, image: torch.Tensor) -> None:
@@ -122,3 +118,60 @@ class ImagePrefix:
     def by_row(self, x: torch.Tensor, Q: int) -> torch.Tensor:
         """(I, H, S·Q, d) -> (R, H, Q, d)."""
         return x.unflatten(2, (-1, Q)).transpose(1, 2)[self.image, self.rank]
+
+
+def write_texts(net, images: torch.Tensor, requests: list[TextRequest], max_new_tokens: int,
+                progress=iter) -> list[Generated]:
+    """One text per request, of any network with `image_cache`, `hidden` and `text_logits`.
+
+    Each image is computed once and shared by all its captions and answers; rows that have ended
+    leave the batch. progress: wraps the steps, as tqdm does.
+    """
+    if not requests:
+        return []
+    tokens = net.tokens
+    device = net.device
+    prompts = [tokens.text_prompt(r.prompt) for r in requests]
+    R = len(requests)
+    Q = max(map(len, prompts))
+    image = torch.tensor([r.image for r in requests], device=device)  # (R,)
+    prefix = ImagePrefix(net.image_cache(images), image)
+
+    # prompts are padded on the left; nobody sees the padding
+    padding = torch.tensor([Q - len(p) for p in prompts], device=device)  # (R,)
+    ids = torch.tensor([[tokens.pad] * (Q - len(p)) + p for p in prompts], device=device)
+    column = torch.arange(Q + max_new_tokens, device=device)
+    visible = column >= padding[:, None]  # (R, Q+max_new)
+    causal = column[:Q] <= column[:Q, None]  # (Q, Q)
+    mask = (visible[:, None, :Q] & causal)[:, None]  # (R, 1, Q, Q)
+    positions = prefix.width + (column - padding[:, None]).clamp(min=0)  # (R, Q+max_new)
+    cache = DynamicCache()
+    hidden = net.hidden(ids, positions[:, :Q], cache, mask, images=prefix)
+
+    draws = torch.stack([uniforms(r.seed, max_new_tokens) for r in requests]).to(device)
+    top_k = torch.tensor([r.top_k for r in requests], device=device)
+    temperature = torch.tensor([r.temperature for r in requests], device=device)
+    texts = [[] for _ in requests]
+    ended = [False] * R
+    alive = torch.arange(R, device=device)  # the rows that go on
+    for step in progress(range(max_new_tokens)):
+        logits = net.text_logits(hidden[:, -1])  # (R, V)
+        new = sample_tokens(logits, top_k[alive], temperature[alive], draws[alive, step])
+        for row, token in zip(alive.tolist(), new.tolist()):
+            if token == tokens.eot:
+                ended[row] = True
+            else:
+                texts[row].append(token)
+        going = new != tokens.eot
+        if not going.any() or step == max_new_tokens - 1:
+            break
+        if not going.all():
+            alive = alive[going]
+            new = new[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            prefix.choose(prefix.image[going])
+        end = Q + step + 1
+        mask = visible[alive, None, None, :end]  # (R, 1, 1, end)
+        hidden = net.hidden(new[:, None], positions[alive, end - 1 : end], cache, mask,
+                            images=prefix)
+    return [Generated(*text) for text in zip(texts, ended)]

@@ -1,35 +1,24 @@
-"""Show-o: its vocabulary, packed rows, the Phi backbone and its log-probabilities.
+"""Show-o: its vocabulary, the Phi backbone and its log-probabilities.
 
-Nobody else knows a token id. Shapes in comments: B rows, P prefix, S branches of width n behind one
-prefix, T = P + S·n, N image tokens, M labelled positions, V vocabulary, C image codes, D hidden
-size, H heads of width d.
+Nobody else knows a token id. Shapes in comments: B rows of T positions, S segments behind one
+prefix, I images of P positions, N image tokens, M labelled positions, V vocabulary, C image codes,
+D hidden size.
 """
 
-import inspect
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PhiConfig, PhiForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.phi.modeling_phi import PhiModel
+from transformers import DynamicCache, PhiConfig, PhiForCausalLM
 
 from hermesflow.checkpoints import SIZE, check_fields, refuse
 from hermesflow.files import InputError
+from hermesflow.packed import (CACHE, CHECKPOINTING, IGNORE, Pack, Segment, label_logps,
+                               segment_sums)
 from hermesflow.sampling import MASKED
 
-IGNORE = -100  # "no label here"
 SIZES = dict(vocab_size=SIZE, llm_vocab_size=SIZE, codebook_size=SIZE, num_vq_tokens=SIZE)
-# transformers renames these; the old names warn where the new ones exist
-CACHE = "cache" if "cache" in inspect.signature(PhiModel.forward).parameters else "past_key_values"
-RENAMED = hasattr(PhiModel, "activation_checkpointing_enable")
-CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
 
 
 class Tokens:
@@ -87,135 +76,11 @@ class Tokens:
         return [self.sot, *self.encode(f"USER: \n{question} ASSISTANT:")]
 
 
-# -------------------------------------------------------------------------------------- packed rows
-
-
-@dataclass
-class Segment:
-    """A stretch of a packed row: token ids, how it attends, and what each position should predict.
-
-    targets: IGNORE where nothing is predicted; None: nowhere.
-    """
-
-    ids: list[int]
-    targets: list[int] | None = None
-    bidirectional: bool = False
-
-
-def answer_segment(prompt: list[int], answer: list[int]) -> Segment:
-    """Prompt and answer with its `<|eot|>`, each token predicted by the position before it."""
-    targets = [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
-    return Segment(prompt + answer, targets)
-
-
 def image_segment(tokens: Tokens, codes: list[int], masked: list[bool]) -> Segment:
     """An image block with some slots masked; each masked slot predicts its own code."""
     ids = tokens.image_block([MASKED if m else c for c, m in zip(codes, masked)])
     labels = [tokens.first_code + c if m else IGNORE for c, m in zip(codes, masked)]
     return Segment(ids, [IGNORE, *labels, IGNORE], bidirectional=True)
-
-
-class Layout(NamedTuple):
-    """How packed rows attend: a prefix of width P, and S branches of width n behind it."""
-
-    prefix: int
-    branches: int
-    causal: bool  # whether the prefix is text
-    mask: torch.Tensor | None  # (B·S, 1, 1 or n, P+n), True where a branch may look [everywhere]
-
-
-class Pack(NamedTuple):
-    """Packed rows as tensors (B, T), and how they attend."""
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    positions: torch.Tensor
-    segments: torch.Tensor  # 0: prefix, 1 … S: branches, -1: padding
-    layout: Layout
-    uncond: "Pack | None" = None  # the same images behind an empty text, for guided log-probs
-    guidance_scale: float = 0.0
-
-
-def pack(rows: list[list[Segment]], pad: int, device=None) -> Pack:
-    """Rows of segments as tensors.
-
-    The first segment of a row is the prefix that all others, its branches, see.
-
-    Branches do not see one another, so a row is worth S separate sequences at the price of one
-    prefix. All rows have equally many branches; prefixes are all text or all image, branches, too.
-    Each is padded on the right.
-    """
-    prefixes = [row[0] for row in rows]
-    branches = sum((row[1:] for row in rows), [])
-    S = len(rows[0]) - 1
-    P = max(len(s.ids) for s in prefixes)
-    n = max(len(s.ids) for s in branches)
-
-    prefix_kinds = {s.bidirectional for s in prefixes}
-    branch_kinds = {s.bidirectional for s in branches}
-    uneven_images = prefix_kinds == {True} and len({len(s.ids) for s in prefixes}) > 1
-    uneven_rows = any(len(row) != S + 1 for row in rows)
-    if len(prefix_kinds) + len(branch_kinds) > 2 or uneven_images or uneven_rows:
-        raise ValueError("rows of one pack must be of one kind")
-
-    ids, targets, positions, segments = np.zeros((4, len(rows), P + S * n), dtype=np.int64)
-    ids[:] = pad
-    targets[:] = IGNORE
-    segments[:] = -1
-    for b, row in enumerate(rows):
-        for s, segment in enumerate(row):
-            width = len(segment.ids)
-            start = P + (s - 1) * n if s else 0
-            at = slice(start, start + width)
-            ids[b, at] = segment.ids
-            targets[b, at] = segment.targets or IGNORE
-            positions[b, at] = np.arange(width) + (len(row[0].ids) if s else 0)
-            segments[b, at] = s
-    ids, targets, positions, segments = (
-        torch.from_numpy(x).to(device) for x in (ids, targets, positions, segments))
-
-    # what a branch sees: the real prefix and its own real positions; causal if it is text
-    real_prefix = (segments[:, :P] == 0).repeat_interleave(S, 0)  # (B·S, P)
-    real_branch = segments[:, P:].reshape(-1, n) > 0  # (B·S, n)
-    mask = torch.cat([real_prefix, real_branch], 1)[:, None, None]  # (B·S, 1, 1, P+n)
-    if branch_kinds == {False}:
-        mask = mask & torch.ones(n, P + n, dtype=torch.bool, device=ids.device).tril(P)
-    elif mask.all():
-        mask = None
-    return Pack(ids, targets, positions, segments, Layout(P, S, prefix_kinds == {False}, mask))
-
-
-def attention(module, query, key, value, mask, is_causal=False, layout=None, images=None, **kwargs):
-    """The attention of all layers: plain, in packed rows, or of texts behind shared images.
-
-    Packed rows need no (T, T) mask: the prefix attends to itself, each branch to the prefix and
-    itself. query, key, value (B, H, T, d) -> (B, T, H, d).
-    """
-    if images is not None:
-        return images.attend(module.layer_idx, query, key, value, mask, kwargs["scaling"]), None
-    if layout is None:
-        kwargs["is_causal"] = is_causal
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    P = layout.prefix
-    S = layout.branches
-
-    def divide(x):  # (B, H, P+S·n, d) -> (B, H, P, d), (B·S, H, n, d)
-        prefix, branches = x.split([P, x.shape[2] - P], 2)
-        return prefix, branches.unflatten(2, (S, -1)).transpose(1, 2).flatten(0, 1)
-
-    query, own_query = divide(query)
-    key, own_key = divide(key)
-    value, own_value = divide(value)
-    all_keys = torch.cat([key.repeat_interleave(S, 0), own_key], 2)  # (B·S, H, P+n, d)
-    all_values = torch.cat([value.repeat_interleave(S, 0), own_value], 2)
-    prefix, _ = sdpa_attention_forward(  # (B, P, H, d)
-        module, query, key, value, None, is_causal=layout.causal, **kwargs)
-    branches, _ = sdpa_attention_forward(  # (B·S, n, H, d)
-        module, own_query, all_keys, all_values, layout.mask, is_causal=False, **kwargs)
-    return torch.cat([prefix, branches.unflatten(0, (-1, S)).flatten(1, 2)], 1), None
-
-
-AttentionInterface.register("showo", attention)
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -230,13 +95,15 @@ class Showo(nn.Module):
     vocabulary.
     """
 
+    _no_split_modules = ["PhiDecoderLayer"]  # what FSDP gathers at a time
+
     def __init__(self, config: dict, phi: PhiConfig, tokens: Tokens):
         super().__init__()
         phi.qk_layernorm = True  # the original forces this and the vocabulary's size
         phi.vocab_size = tokens.vocab_size
         # without dropout, policy and reference agree at step 0
         phi.embd_pdrop = phi.resid_pdrop = phi.attention_dropout = 0.0
-        phi._attn_implementation = "showo"
+        phi._attn_implementation = "packed"
         phi.pad_token_id = None  # padding is masked; no embedding row is special
         self.config = config
         self.tokens = tokens
@@ -250,6 +117,11 @@ class Showo(nn.Module):
     def device(self):
         return self.showo.lm_head.weight.device
 
+    @property
+    def blocks(self) -> nn.Module:
+        """The transformer, without its head."""
+        return self.showo.model
+
     def hidden(self, ids, positions, cache=None, mask=None, **how) -> torch.Tensor:
         """(B, T) token ids -> (B, T, D).
 
@@ -259,6 +131,18 @@ class Showo(nn.Module):
         output = self.showo.model(input_ids=ids, position_ids=positions, attention_mask=mask,
                                   use_cache=cache is not None, **how)
         return output.last_hidden_state
+
+    def image_cache(self, codes: torch.Tensor) -> DynamicCache:
+        """Keys and values of images (I, N) that texts are about; an image sees itself whole."""
+        prompts = [self.tokens.mmu_prompt(c) for c in codes.tolist()]
+        ids = torch.tensor(prompts, device=self.device)  # (I, P)
+        cache = DynamicCache()
+        self.hidden(ids, torch.arange(ids.shape[1], device=self.device)[None], cache)
+        return cache
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, D) -> (…, V) float32 logits of the next token."""
+        return self.showo.lm_head(hidden).float()
 
     def forward(self, *packs: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per pack, sums of log-probs and label counts of each segment, both (B, S+1) float32."""
@@ -281,31 +165,9 @@ class Showo(nn.Module):
             hidden = hidden + p.guidance_scale * (hidden - uncond)
             labels = labels - self.tokens.first_code
             head = self.code_logits
-        logps = self.label_logps(hidden, labels, head)  # (M,)
+        return segment_sums(p, labelled, self.label_logps(hidden, labels, head))
 
-        # sum over the labels of each segment
-        B = len(p.ids)
-        S = p.layout.branches + 1
-        row = torch.arange(B, device=p.ids.device)[:, None]
-        slot = (row * S + p.segments)[labelled]  # (M,)
-        sums = torch.zeros(B * S, device=p.ids.device).index_add(0, slot, logps)
-        counts = torch.zeros(B * S, device=p.ids.device).index_add(0, slot, torch.ones_like(logps))
-        # FSDP warns of outputs that are views
-        return sums.view(B, S).clone(), counts.view(B, S).clone()
-
-    def label_logps(self, hidden, labels, head, at_once: int = 2048) -> torch.Tensor:
-        """(M, D), (M,) -> (M,) log-probs.
-
-        Only (at_once, V) logits exist at a time: backward computes them again.
-        """
-
-        def chunk_logps(hidden, labels):
-            return -F.cross_entropy(head(hidden).float(), labels, reduction="none")
-
-        if len(labels) <= at_once:
-            return chunk_logps(hidden, labels)
-        chunks = zip(hidden.split(at_once), labels.split(at_once))
-        return torch.cat([checkpoint(chunk_logps, *c, use_reentrant=False) for c in chunks])
+    label_logps = staticmethod(label_logps)
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) -> (…, C) float32 logits of the image codes alone."""
@@ -319,14 +181,6 @@ class Showo(nn.Module):
             getattr(self.showo, f"{CHECKPOINTING}_enable")(dict(use_reentrant=False))
         else:
             getattr(self.showo, f"{CHECKPOINTING}_disable")()
-
-
-def decay_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: weight decay on matrices only, not on biases and norms."""
-    matrices = [p for p in net.parameters() if p.ndim >= 2]
-    others = [p for p in net.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
 
 
 def build_showo(config: dict, phi: PhiConfig, tokenizer, where: str = "config.json") -> Showo:

@@ -44,6 +44,14 @@ def start_accelerator(batch: int, micro_batch: int, device: str | None, precisio
     return accelerator
 
 
+def decay_groups(net: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: weight decay on matrices only, not on biases and norms."""
+    matrices = [p for p in net.parameters() if p.ndim >= 2]
+    others = [p for p in net.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
 # -------------------------------------------------------------------------------------------- order
 
 

@@ -11,14 +11,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# what `accelerate launch --config_file` sets; one name differs between file and environment
-RENAMED = {"FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+# what `accelerate launch --config_file` sets
 for line in (ROOT / "configs" / "fsdp.yaml").read_text().splitlines():
     if line.startswith("  fsdp_"):
         setting, _, _ = line.partition("#")
         name, value = setting.strip().split(": ")
-        name = name.upper()
-        os.environ[RENAMED.get(name, name)] = value.strip()
+        os.environ[name.upper()] = value.strip()
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 sys.path.insert(0, str(ROOT))

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, PhiConfig
 from bench import reference as plain
 from conftest import GOLDEN, stage
 from hermesflow.magvit import Magvit, MagvitConfig
+from hermesflow.packed import Segment, answer_segment, pack
 from hermesflow.pictures import load_image
 from hermesflow.prefixes import TextPrefix
 from hermesflow.sampling import MASKED, cosine_mask_count, mask_by_random_topk
-from hermesflow.showo import Segment, Showo, answer_segment, build_showo, image_segment, pack
+from hermesflow.showo import Showo, build_showo, image_segment
 from hermesflow.weights import load_weights
 from model import ImageSampling, Model, TextRequest
 from tiny import row_logps

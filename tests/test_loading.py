@@ -26,8 +26,9 @@ from hermesflow import weights as reading
 from hermesflow.checkpoints import load_tokenizer, phi_config, save_tokenizer
 from hermesflow.files import InputError
 from hermesflow.magvit import Magvit, MagvitConfig
+from hermesflow.packed import Segment, answer_segment
 from hermesflow.pictures import load_image
-from hermesflow.showo import Segment, Tokens, answer_segment, build_showo, image_segment
+from hermesflow.showo import Tokens, build_showo, image_segment
 from hermesflow.tables import check_codes, check_text_ids
 from hermesflow.weights import load_weights
 from model import Model, load, save

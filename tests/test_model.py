@@ -8,10 +8,11 @@ import torch
 
 from bench import reference as plain
 from hermesflow.files import InputError
+from hermesflow.packed import IGNORE, Segment, answer_segment, pack
 from hermesflow.records import CAPTION_QUESTION
 from hermesflow.sampling import (mask_by_random_topk, random_mask, sample_categorical,
                                  sample_tokens, stable_seed, uniforms)
-from hermesflow.showo import IGNORE, Segment, Showo, answer_segment, image_segment, pack
+from hermesflow.showo import Showo, image_segment
 from model import ImageBatch, ImageSampling, TextBatch, TextRequest, load, save
 from tiny import row_logps, tiny_model
 

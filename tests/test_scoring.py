@@ -14,7 +14,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 
 import model as wrapper
 from conftest import GOLDEN, main, stage
-from hermesflow import scoring
+from hermesflow import prefixes, scoring
 from hermesflow.checkpoints import load_hf
 from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
@@ -183,7 +183,7 @@ def test_ended_says_whether_eot_came_before_the_limit(monkeypatch):
     def sample_tokens(logits, top_k, temperature, u):
         return torch.where(top_k == next(steps), model.tokens.eot, word)
 
-    monkeypatch.setattr(wrapper, "sample_tokens", sample_tokens)
+    monkeypatch.setattr(prefixes, "sample_tokens", sample_tokens)
     images = torch.zeros(2, 16, dtype=torch.long)
     requests = [TextRequest(i % 2, "question " * i, top_k=n) for i, n in enumerate(lengths)]
     texts = model.generate_text(images, requests, max_new_tokens=3)

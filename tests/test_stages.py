@@ -902,7 +902,7 @@ def settings(config: str, array: str, override: str | None = None) -> dict:
     return vars(module.parse_args([*required, *done.stdout.split("\0")[:-1]]))
 
 
-@pytest.mark.parametrize("config", ["configs/toy.sh", "configs/showo.sh"])
+@pytest.mark.parametrize("config", ["configs/toy.sh", "configs/showo.sh", "configs/janus.sh"])
 @pytest.mark.parametrize("array, override, changed", [
     ("SAMPLE", "--images 4", {"images": 4}),
     ("SCORE", "--min-image-score 0.5 --batch 2", {"min_image_score": 0.5, "batch": 2}),

@@ -21,10 +21,11 @@ from bench.reference import logits_of, sequence
 from evals.metrics import EvalRecord
 from hermesflow.jsonl import read_jsonl
 from hermesflow.options import ImageSampling
+from hermesflow.packed import Segment, answer_segment
 from hermesflow.records import CAPTION_QUESTION, Pair, Question, Record, Sample, Score
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
-from hermesflow.showo import Segment, answer_segment, image_segment
+from hermesflow.showo import image_segment
 from hermesflow.tables import tensors_of, write_table
 from toy import world
 

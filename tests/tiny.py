@@ -5,7 +5,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from hermesflow.magvit import Magvit, MagvitConfig
-from hermesflow.showo import Showo, build_showo, pack
+from hermesflow.packed import pack
+from hermesflow.showo import Showo, build_showo
 from model import Model
 
 WORDS = ("user assistant give a caption for this image question choice yes no big small red blue "

@@ -63,11 +63,12 @@ from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, get_scheduler
 
 from hermesflow.magvit import Magvit, MagvitConfig, load_magvit, save_magvit
+from hermesflow.packed import Segment, answer_segment, pack
 from hermesflow.pictures import to_pil
 from hermesflow.records import CAPTION_QUESTION, Question, vqa_question
 from hermesflow.sampling import random_mask, stable_seed
-from hermesflow.showo import (Segment, Showo, Tokens, answer_segment,
-                              decay_groups, image_segment, pack)
+from hermesflow.showo import Showo, Tokens, image_segment
+from hermesflow.training import decay_groups
 from model import Model, save
 from toy import world
 

@@ -915,7 +915,7 @@ def test_overriding_one_setting_keeps_the_others(config, array, override, change
 
 def test_what_the_configs_set():
     toy = settings("configs/toy.sh", "SAMPLE")
-    assert [toy[k] for k in ("captions", "images", "steps", "guidance")] == [8, 8, 16, 0]
+    assert [toy[k] for k in ("captions", "images", "steps", "guidance")] == [8, 8, 16, 0.25]
     assert toy["caption_settings"] == [(0, 2.0)]
     paper = settings("configs/showo.sh", "SAMPLE")
     assert [paper[k] for k in ("captions", "images", "steps", "guidance")] == [10, 16, 50, 5]

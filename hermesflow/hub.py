@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from hermesflow.files import InputError, read_object, reason
 
+MARKS = {"config.json", "tokenizer.json", "tokenizer_config.json"}  # of a folder with a model
 PATIENCE = 3  # seconds until a hub that does not answer is out of reach
 PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(f"{PART}(/{PART})?", re.ASCII)  # owner/name, or name
@@ -67,9 +68,11 @@ def require(*names: str | None) -> None:
 
     Asked before torch is imported, so that a typo is answered in a moment.
     """
-    for name in names:
-        if name is not None and not os.path.exists(name):
+    for name in filter(None, names):
+        if not os.path.exists(name):
             find(str(name), "config.json")
+        elif os.path.isdir(name) and not MARKS.intersection(os.listdir(name)):
+            raise InputError(f"{name}: config.json is missing")
 
 
 def absent(name: str) -> str:

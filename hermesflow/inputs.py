@@ -56,6 +56,9 @@ def builder(source: Source, image_folder) -> Callable:
     folder = images_of(source, image_folder)
 
     def build(value, where: str) -> Record:
+        if isinstance(value, dict) and None in value:  # what csv calls them
+            raise InputError(f"{where}: more columns than the first line names; a text that holds a "
+                             "comma needs quotes")
         fields = source.fields(value) if isinstance(value, dict) else value
         record = parse_record(Record, fields, where)
         record.image = resolve_image(record.image, folder)

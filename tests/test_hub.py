@@ -240,9 +240,11 @@ def test_names_of_repositories(cached, name):
 
 
 def test_what_is_required(cached):
-    """Folders, files, what is cached, and nothing."""
+    """Folders with a model or a tokenizer, files, what is cached, and nothing."""
     cache(cached, "some/thing", {"README.md": b""})
-    hub.require(str(cached), cached / "hub", str(ROOT / "model.py"), "some/thing", None)
+    tokenizer = ROOT / "tests" / "golden" / "phi-1_5-tokenizer"
+    hub.require(str(ROOT / "toy" / "base"), tokenizer, str(ROOT / "model.py"), "some/thing", None)
+    assert error(hub.require, str(cached), "other/thing") == f"{cached}: config.json is missing"
     message = error(hub.require, "some/thing", "other/thing", "toy/bse")
     assert message.startswith("other/thing: neither a folder here nor in the hub's cache")
 

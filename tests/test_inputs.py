@@ -196,6 +196,11 @@ def test_a_table_with_line_breaks_and_a_mark(tmp_path):
     path.write_text("file_name,text\na.png\n")
     with pytest.raises(InputError, match="line 2: field 'text' should be str, found null"):
         read_records(path)
+    path.write_text("file_name,text\na.png,one\nb.png,a ring, above a square\n")
+    skipped = []
+    assert [r.caption for r in read_records(path, skipped=skipped)] == ["one"]
+    assert skipped == [f"{path}: line 3: more columns than the first line names; a text that holds "
+                       "a comma needs quotes"]
 
 
 @pytest.mark.parametrize("file, values, said", [

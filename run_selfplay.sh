@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HermesFlow, the whole protocol: in every round sample, score, Pair-DPO and evaluate.
 #
-#   bash run_selfplay.sh                          the toy world, about 5 minutes on 2 CPU cores
+#   bash run_selfplay.sh                          the toy world, 3 to 5 minutes on 2 CPU cores
 #   bash run_selfplay.sh configs/showo.sh         the paper's run
 #   OUT=runs/n16 SAMPLE="--images 16" bash run_selfplay.sh    one setting changed, the others kept
 #

@@ -1,4 +1,4 @@
-# The toy world: two rounds on 2 CPU cores in about 5 minutes, without any download.
+# The toy world: two rounds on 2 CPU cores in 3 to 5 minutes, without any download.
 # Set a variable in the environment to change it. What you put into SAMPLE, SCORE, DPO or EVAL comes
 # after the flags below, so it wins over them and drops none of the others.
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from hermesflow.files import InputError, read_object, reason
 
-MARKS = {"config.json", "tokenizer.json", "tokenizer_config.json"}  # of a folder with a model
+# of a folder with a model or a tokenizer, one of
+MARKS = {"config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 PATIENCE = 3  # seconds until a hub that does not answer is out of reach
 PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(f"{PART}(/{PART})?", re.ASCII)  # owner/name, or name
@@ -72,7 +73,7 @@ def require(*names: str | None) -> None:
         if not os.path.exists(name):
             find(str(name), "config.json")
         elif os.path.isdir(name) and not MARKS.intersection(os.listdir(name)):
-            raise InputError(f"{name}: config.json is missing")
+            raise InputError(f"{name}: holds no config.json, and no tokenizer")
 
 
 def absent(name: str) -> str:

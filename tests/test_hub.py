@@ -244,7 +244,8 @@ def test_what_is_required(cached):
     cache(cached, "some/thing", {"README.md": b""})
     tokenizer = ROOT / "tests" / "golden" / "phi-1_5-tokenizer"
     hub.require(str(ROOT / "toy" / "base"), tokenizer, str(ROOT / "model.py"), "some/thing", None)
-    assert error(hub.require, str(cached), "other/thing") == f"{cached}: config.json is missing"
+    message = error(hub.require, str(cached), "other/thing")
+    assert message == f"{cached}: holds no config.json, and no tokenizer"
     message = error(hub.require, "some/thing", "other/thing", "toy/bse")
     assert message.startswith("other/thing: neither a folder here nor in the hub's cache")
 

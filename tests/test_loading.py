@@ -923,7 +923,7 @@ def test_no_text_tokenizer(published, monkeypatch, tmp_path, empty):
     if empty:
         (tmp_path / "nothing").mkdir()
     message = error(load, published.showo, published.vq, str(tmp_path / "nothing"))
-    why = "cannot load as AutoTokenizer" if empty else "no such folder, and no name of a hub"
+    why = "holds no config.json, and no " if empty else "no such folder, and no name of a hub"
     assert message.startswith(f"{tmp_path / 'nothing'}: {why}")
 
 

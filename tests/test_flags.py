@@ -78,7 +78,7 @@ def refusal(parser, capsys, flag: str, *values: str) -> str:
 
 
 def test_all_scripts_are_found():
-    assert len(SCRIPTS) >= 21
+    assert len(SCRIPTS) >= 20
     assert {"01_sample.py", "02_score.py", "03_pair_dpo.py", "04_eval.py", "toy/world.py",
             "toy/pretrain.py", "toy/studies/recipes.py", "bench/drill.py"} <= set(SCRIPTS)
 

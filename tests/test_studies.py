@@ -7,7 +7,6 @@ import os
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +35,7 @@ import tables
 from main_result import mcnemar
 from scorer import agreement, ranks, spearman
 
-STUDIES = ("baselines", "details", "main_result", "over_rounds", "recipes", "scorer", "why")
+STUDIES = ("details", "main_result", "over_rounds", "recipes", "scorer", "why")
 PAGES = sorted(page.stem for page in tables.RESULTS.glob("*.json"))
 SEED = (3, 1)  # seed, round
 
@@ -293,48 +292,27 @@ def test_faults_are_those_of_the_drawn_codes(tmp_path, monkeypatch):
     assert found == {"objects missing": 1, "another object": 1}
 
 
-def draw_at(monkeypatch, tmp_path, right: dict[float, list[list[int]]]) -> None:
-    """Stages of a study that drew, at a guidance, these drawings of each of its records right."""
+def test_every_policy_draws_at_its_own_best_guidance(monkeypatch, tmp_path):
     caption = "a big red ring"
     questions = [Question(**q) for q in world.questions(caption)]
     good, bad = (np.full((4, 4), world.EMPTY) for _ in range(2))
     good[0, 0] = world.NAMES["big red ring"]
-
-    def step(number, options, **paths):
-        if number == "02":
-            return paths["samples"]
-        return tmp_path / options.split("--guidance ")[-1]
+    # guidance -> the drawing of each record, right or wrong
+    drawings = {"0": [[0], [1]], "0.25": [[1], [1]], "0.5": [[1], [1]], "1": [[0], [0]],
+                "2": [[0], [1]]}
 
     def read(file, _):
-        scale = float(file.parent.name)
-        if file.name == "samples.jsonl":
-            return [SimpleNamespace(caption=caption, questions=questions, drawn=drawn)
-                    for drawn in right[scale]]
-        # the policy is wrong about its first drawing
-        return [SimpleNamespace(image_scores=[0.0, *drawn[1:]]) for drawn in right[scale]]
+        return [SimpleNamespace(caption=caption, questions=questions, drawn=drawn)
+                for drawn in drawings[file.parent.name]]
 
     monkeypatch.setattr(loop, "records", lambda *_: None)
     monkeypatch.setattr(loop, "load", lambda _: None)
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(loop, "step", lambda _, options, **paths: tmp_path / options.split()[-1])
     monkeypatch.setattr(loop, "read_jsonl", read)
     monkeypatch.setattr(loop, "tensors_of", lambda sample: {"images": sample.drawn})
     monkeypatch.setattr(switches, "grids", lambda _, drawn: [good if d else bad for d in drawn])
-
-
-def test_every_policy_draws_at_its_own_best_guidance(monkeypatch, tmp_path):
-    draw_at(monkeypatch, tmp_path, {0: [[0], [1]], 0.25: [[1], [1]], 0.5: [[1], [1]],
-                                    1: [[0], [0]], 2: [[0], [1]]})
     assert loop.best_guidance("a policy", 0) == 0.25
     assert (tmp_path / "2.right").read_text() == "1"
-
-
-def test_the_best_of_eight_is_chosen_by_self_score(monkeypatch, tmp_path):
-    draw_at(monkeypatch, tmp_path, {0.5: [[1, 0, 0], [0, 0, 1], [0, 1, 0]]})
-    monkeypatch.setattr(loop, "best_guidance", lambda *_: 0.5)
-    found = loop.best_of_8("another policy", 0)
-    questions = len(world.questions("a big red ring"))
-    assert found["everything"] == [1, 1, 1]  # of the first, all scores are equal
-    assert found["drawn"] == [questions] * 3 and not found["faults"]
 
 
 # ------------------------------------------------------------------------------------------- tables

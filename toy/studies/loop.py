@@ -37,7 +37,7 @@ from hermesflow.files import parse_json, read_object, read_text
 from hermesflow.jsonl import read_jsonl
 from hermesflow.options import COUNT, SEED, stage_parser
 from hermesflow.outputs import run_main
-from hermesflow.records import Pair, Sample, Score
+from hermesflow.records import Pair, Sample
 from hermesflow.tables import tensors_of
 from model import load
 from tables import RESULTS, forest, publish, tables
@@ -128,7 +128,6 @@ def records(split: str, n: int, seed: int) -> Path:
 
 # -------------------------------------------------------------------------------------- evaluations
 
-BEST_OF_8 = "best of 8 by self-score"  # an evaluation of one drawing out of eight
 SCALES = (0, 0.25, 0.5, 1, 2)  # of guidance, from which every policy gets its own
 NO_CAPTIONS = "--captions 1 --max-new-tokens 1 --batch 64 --show 0"
 
@@ -184,13 +183,11 @@ def best_guidance(model, seed: int) -> float:
 def evaluate(model, seed: int, evaluation: str = "") -> dict:
     """What a checkpoint does on 600 test records, which nothing was chosen on.
 
-    evaluation: options of stage 4, or BEST_OF_8. Without a guidance, it draws at its own best one.
+    evaluation: options of stage 4. Without a guidance, it draws at its own best one.
     Per record, in their order: questions answered right about real image and drawing, of how many;
     whole drawing right; caption score in thousandths. Then the guidance, the mean number of words
     of a caption, and the faults of wrong drawings.
     """
-    if evaluation == BEST_OF_8:
-        return evaluate(model, seed) | best_of_8(model, seed)
     options = evaluation
     if "--guidance" not in options:
         options += f" --guidance {best_guidance(model, seed)}"
@@ -209,29 +206,6 @@ def evaluate(model, seed: int, evaluation: str = "") -> dict:
         "words": round(sum(words) / len(rows), 3),
         "faults": faults_of(model, rows),
     }
-
-
-def best_of_8(model, seed: int) -> dict:
-    """What `evaluate` says of drawings, if the policy itself chooses the best of eight."""
-    options = f"--seed {seed} {DEFAULTS['SAMPLE']} {NO_CAPTIONS} --images 8"
-    options += f" --guidance {best_guidance(model, seed)}"
-    folder = step("01", options, model=model, records=records("test", 600, 0))
-    scored = step("02", DEFAULTS["SCORE"], model=model, samples=folder)
-    image_tokenizer = load(str(model))
-    drawn = []
-    everything = []
-    faults = Counter()
-    for sample, score in zip(read_jsonl(folder / "samples.jsonl", Sample),
-                             read_jsonl(scored / "scores.jsonl", Score)):
-        best = score.image_scores.index(max(score.image_scores))
-        codes = tensors_of(sample)["images"][best : best + 1]  # (1, N)
-        (share,), (right,) = switches.oracle(image_tokenizer, sample, codes)
-        drawn.append(round(share * len(sample.questions)))
-        everything.append(right)
-        if not right:
-            grid, = switches.grids(image_tokenizer, codes)
-            faults[fault(grid, sample.caption)] += 1
-    return {"drawn": drawn, "everything": everything, "faults": faults}
 
 
 def training_figures(folder: Path, pairs: Path) -> dict:

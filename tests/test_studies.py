@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import sys
-from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -19,9 +17,8 @@ from tiny import row_logps, tiny_model
 from bench.reference import logits_of, sequence
 from evals.metrics import EvalRecord
 from hermesflow.jsonl import read_jsonl
-from hermesflow.options import ImageSampling
 from hermesflow.packed import Segment, answer_segment
-from hermesflow.records import CAPTION_QUESTION, Pair, Question, Record, Sample, Score
+from hermesflow.records import CAPTION_QUESTION, Pair, Question, Sample, Score
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
 from hermesflow.showo import image_segment

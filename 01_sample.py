@@ -247,7 +247,6 @@ def main(args):
 
     skipped = None if args.strict else []
     records = read_records(args.records, args.questions, skipped, **part_of(args))
-    unread = unread_questions(args.records, records, **part_of(args))
     output = output_of(args)
     if not prepare_output(output):
         return
@@ -283,6 +282,7 @@ def main(args):
     if results is None:
         return  # the main process writes
     unusable = {r["id"]: r["skipped"] for r in results if "skipped" in r}
+    unread = unread_questions(args.records, records, **part_of(args))
     report_skipped([*(skipped or []), *unusable.values()], unread, args.out)
     if len(unusable) == len(results):
         raise InputError(f"{args.records}: no record left; {next(iter(unusable.values()))}")

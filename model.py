@@ -23,7 +23,7 @@ from hermesflow.options import BACKBONES, IMAGE_TOKENIZER, TEXT_TOKENIZER, Image
 from hermesflow.packed import (ImageBatch, LogProbs, Pack, Segment, TextBatch, answer_segment, pack,
                                responses_only)
 from hermesflow.pictures import load_image
-from hermesflow.prefixes import GuidedLogits, write_texts
+from hermesflow.prefixes import GuidedLogits, rows_alike, write_texts
 from hermesflow.runs import processes
 from hermesflow.sampling import Generated, TextRequest, maskgit_decode, random_mask, uniforms
 from hermesflow.showo import Showo, build_showo, image_segment
@@ -97,17 +97,15 @@ class Model:
         ids = [self.tokens.t2i_prompt(p) for p in prompts]
         N = self.image_tokens
         codes = torch.empty(len(prompts), N, dtype=torch.long, device=self.device)
-        for length in sorted(set(map(len, ids))):
-            alike = torch.tensor([i for i, p in enumerate(ids) if len(p) == length])
-            for rows in alike.split(max(1, IMAGE_TOKENS_AT_ONCE // N)):
-                noise = None
-                if seeds is not None:
-                    draws = [uniforms(seeds[i], sampling.steps, 2, N) for i in rows]
-                    noise = torch.stack(draws).to(self.device)  # (B, steps, 2, N)
-                guided = sampling.guidance_scale != 0
-                logits_fn = GuidedLogits(self.net, [ids[i] for i in rows], guided)
-                shape = (len(rows), N)
-                codes[rows] = maskgit_decode(logits_fn, shape, noise, sampling, self.device)
+        for rows in rows_alike(ids, max(1, IMAGE_TOKENS_AT_ONCE // N)):
+            noise = None
+            if seeds is not None:
+                draws = [uniforms(seeds[i], sampling.steps, 2, N) for i in rows]
+                noise = torch.stack(draws).to(self.device)  # (B, steps, 2, N)
+            guided = sampling.guidance_scale != 0
+            logits_fn = GuidedLogits(self.net, [ids[i] for i in rows], guided)
+            shape = (len(rows), N)
+            codes[rows] = maskgit_decode(logits_fn, shape, noise, sampling, self.device)
         return codes
 
     # -------------------------------------------------------------------------------- log-probs

@@ -25,7 +25,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.bench import dpo_rows, empty_net, flop_counter
-from hermesflow.packed import IGNORE, Pack, pack
+from hermesflow.packed import IGNORE, Pack, label_logps, pack
 from hermesflow.showo import Showo
 
 
@@ -49,7 +49,7 @@ def count(net: Showo, packs: list[Pack], labels: list[int]) -> tuple[int, int]:
             for p, M in zip(packs, labels):
                 hidden = net.hidden(p.ids, p.positions, layout=p.layout)  # (B, T, D)
                 hidden = hidden.flatten(0, 1)[:M]
-                logps = net.label_logps(hidden, p.ids.flatten()[:M], net.showo.lm_head)  # (M,)
+                logps = label_logps(hidden, p.ids.flatten()[:M], net.showo.lm_head)  # (M,)
                 total = total + logps.sum()
         total.backward()
     return sum(nbytes for nbytes, _ in kept.values()), flops.get_total_flops()

@@ -98,10 +98,7 @@ def drawer(model, out: Path, batch: int, label: str, seed: int, sampling: ImageS
         missing = from_main(absent)
         if missing:
             # the files say what is drawn: one that was removed since is drawn again
-            state = processes()
-            if state.is_main_process:
-                remove(out / "parts" / f"draw-for-{label}")
-            state.wait_for_everyone()
+            from_main(lambda: remove(out / "parts" / f"draw-for-{label}"))
             map_records(generate, missing, out, batch, f"draw for {label}",
                         length=lambda images: model.prompt_length(images.text))
         leave_to_the_main_process()

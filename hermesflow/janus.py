@@ -17,7 +17,7 @@ from hermesflow.options import ImageSampling
 from hermesflow.packed import (ImageBatch, LogProbs, Pack, Segment, TextBatch, answer_segment, pack,
                                responses_only)
 from hermesflow.pictures import open_image
-from hermesflow.prefixes import write_texts
+from hermesflow.prefixes import rows_alike, write_texts
 from hermesflow.sampling import Generated, TextRequest, uniforms
 from hermesflow.weights import convert
 
@@ -116,13 +116,11 @@ class Model:
         ids = [self.tokens.t2i_prompt(p) for p in prompts]
         N = self.image_tokens
         codes = torch.empty(len(prompts), N, dtype=torch.long, device=self.device)
-        for length in sorted(set(map(len, ids))):
-            alike = torch.tensor([i for i, p in enumerate(ids) if len(p) == length])
-            for rows in alike.split(IMAGES_AT_ONCE):
-                draws = None
-                if seeds is not None:
-                    draws = torch.stack([uniforms(seeds[i], N) for i in rows]).to(self.device)
-                codes[rows] = self.net.draw([ids[i] for i in rows], draws, sampling)
+        for rows in rows_alike(ids, IMAGES_AT_ONCE):
+            draws = None
+            if seeds is not None:
+                draws = torch.stack([uniforms(seeds[i], N) for i in rows]).to(self.device)
+            codes[rows] = self.net.draw([ids[i] for i in rows], draws, sampling)
         return codes
 
     # ---------------------------------------------------------------------------------- log-probs

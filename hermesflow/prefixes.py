@@ -5,11 +5,20 @@ R rows of text, S rows of the image with the most, H heads of width d, Q queries
 L text positions.
 """
 
+from collections.abc import Iterator
+
 import torch
 from transformers import DynamicCache
 
 from hermesflow.sampling import MASKED, Generated, TextRequest, sample_tokens, uniforms
 from hermesflow.showo import Showo
+
+
+def rows_alike(prompts: list[list[int]], at_once: int) -> Iterator[torch.Tensor]:
+    """The rows of prompts of one length, at most `at_once` together: no batch needs padding."""
+    for length in sorted(set(map(len, prompts))):
+        alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
+        yield from alike.split(at_once)
 
 
 class TextPrefix:

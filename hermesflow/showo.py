@@ -165,9 +165,7 @@ class Showo(nn.Module):
             hidden = hidden + p.guidance_scale * (hidden - uncond)
             labels = labels - self.tokens.first_code
             head = self.code_logits
-        return segment_sums(p, labelled, self.label_logps(hidden, labels, head))
-
-    label_logps = staticmethod(label_logps)
+        return segment_sums(p, labelled, label_logps(hidden, labels, head))
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) -> (…, C) float32 logits of the image codes alone."""

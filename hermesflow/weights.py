@@ -97,6 +97,8 @@ def each_tensor(file: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 def read_tensors(file: str) -> dict:
     """name -> tensor of a weights file."""
+    with reading(file):
+        require_regular(file)
     return read_safetensors(file) if is_safetensors(file) else read_bin(file)
 
 
@@ -115,8 +117,6 @@ def is_mapped(file: str) -> bool:
 
 def read_safetensors(file: str) -> dict:
     """name -> tensor of a safetensors file. Raises InputError if it cannot be read."""
-    with reading(file):
-        require_regular(file)
     try:
         with safe_open(file, framework="pt") as weights:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}
@@ -127,8 +127,6 @@ def read_safetensors(file: str) -> dict:
 
 def read_bin(file: str) -> dict:
     """name -> tensor of a .bin file. Raises InputError for anything but plain tensors."""
-    with reading(file):
-        require_regular(file)
     try:
         mmap = zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)

@@ -8,11 +8,11 @@ import torch
 
 from bench import reference as plain
 from hermesflow.files import InputError
-from hermesflow.packed import IGNORE, Segment, answer_segment, pack
+from hermesflow.packed import IGNORE, Segment, answer_segment, label_logps, pack
 from hermesflow.records import CAPTION_QUESTION
 from hermesflow.sampling import (mask_by_random_topk, random_mask, sample_categorical,
                                  sample_tokens, stable_seed, uniforms)
-from hermesflow.showo import Showo, image_segment
+from hermesflow.showo import image_segment
 from model import ImageBatch, ImageSampling, TextBatch, TextRequest, load, save
 from tiny import row_logps, tiny_model
 
@@ -181,7 +181,7 @@ def test_packed_logps_equal_separate_forwards(net, monkeypatch):
     theirs = gradients(net, (separate * weights).sum())
     # labels in one piece, and in chunks that backward computes again
     for at_once in (2048, 3):
-        monkeypatch.setattr(Showo.label_logps, "__defaults__", (at_once,))
+        monkeypatch.setattr(label_logps, "__defaults__", (at_once,))
         sums = packed_sums(net, und, gen)[:, 1:]
         torch.testing.assert_close(sums, separate, rtol=1e-4, atol=1e-4)
         for a, b in zip(gradients(net, (sums * weights).sum()), theirs):
@@ -219,7 +219,7 @@ def test_guided_logps_equal_separate_forwards(net, monkeypatch):
     guided = cond._replace(uncond=pack(blank, tokens.pad), guidance_scale=guidance_scale)
     plain_sums, plain_counts = net(cond)[0]
     for at_once in (2048, 3):
-        monkeypatch.setattr(Showo.label_logps, "__defaults__", (at_once,))
+        monkeypatch.setattr(label_logps, "__defaults__", (at_once,))
         sums, counts = net(guided)[0]
         torch.testing.assert_close(sums[:, 1:], separate, rtol=1e-4, atol=1e-4)
         for a, b in zip(gradients(net, (sums[:, 1:] * weights).sum()), theirs):

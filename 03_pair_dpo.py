@@ -40,6 +40,7 @@ def parse_args(argv=None):
     add("--gen", type=WEIGHT, default=1.0, help="weight of the generation half")
     add("--nll-und", type=WEIGHT, default=0.0, help="winning caption's NLL per token, times --und")
     add("--nll-gen", type=WEIGHT, default=0.0, help="winning image's NLL per slot, times --gen")
+    add("--complementary", action="store_true", help="score all slots: the rest under the complement")
     add("--cond-dropout", type=SHARE, default=0.1, help="share of images behind an empty text")
     add("--guidance", type=GUIDANCE, default=0.0, help="image log-probs of (1 + g)·cond − g·uncond")
     add = parser.add_argument_group("optimization").add_argument
@@ -138,31 +139,30 @@ def pair_dpo(und: LogProbs, gen: LogProbs, reference: torch.Tensor, beta: float,
     nll_gen = -(gen.sums[:, WIN] / gen.counts[:, WIN]).mean()  # per masked slot
     loss = (und_weight * (loss_und + nll_und_weight * nll_und)
             + gen_weight * (loss_gen + nll_gen_weight * nll_gen))
-    log = {"loss": loss}
-    log |= figures("und", loss_und, nll_und, delta_und, und, ref_und, beta)
-    log |= figures("gen", loss_gen, nll_gen, delta_gen, gen, ref_gen, beta)
-    return loss, log
+    log_und = figures("und", loss_und, nll_und, delta_und, und, ref_und, beta)
+    log_gen = figures("gen", loss_gen, nll_gen, delta_gen, gen, ref_gen, beta)
+    return loss, {"loss": loss} | log_und | log_gen
 
 
 # --------------------------------------------------------------------------------------------- data
 
 
-def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout: float,
-               guidance_scale: float) -> tuple[TextBatch, ImageBatch]:
+def make_batch(model: Model, visits: list[Visit], seed: tuple, cond_dropout=0.0, guidance_scale=0.0,
+               complementary=False) -> tuple[TextBatch, ImageBatch]:
     """Both halves of the same records: captions of the image x, and images of the text y.
 
-    Win and lose share the text (dropped for some records, as guidance needs it) and the mask, both
-    seeded by (seed, round, id, epoch).
+    Win and lose share text (dropped for some records, for guidance) and mask, both seeded by (seed,
+    round, id, epoch). complementary: what the mask leaves out is scored under its complement.
     """
+    tensors = [tensors_of(pair) for pair, _ in visits]
+    mask_seeds = [stable_seed(*seed, pair.id, epoch, "mask") for pair, epoch in visits]
     texts = []
-    mask_seeds = []
-    tensors = []
     for pair, epoch in visits:
-        tensors.append(tensors_of(pair))
         draw = uniforms(stable_seed(*seed, pair.id, epoch, "drop"), 1).item()
         texts.append("" if draw < cond_dropout else pair.drawing_text)
-        mask_seeds.append(stable_seed(*seed, pair.id, epoch, "mask"))
     masks = model.training_masks(mask_seeds)  # (B, N)
+    if complementary and masks is not None:
+        masks = torch.stack([masks, ~masks], 1)  # (B, 2, N)
     codes = torch.stack([t["image"] for t in tensors])  # (B, N)
     x = model.looked_at([pair.image for pair, _ in visits], codes)
     captions = [[t["win_caption"].tolist(), t["lose_caption"].tolist()] for t in tensors]
@@ -231,7 +231,7 @@ def main(args):
 
     def batch_at(model: Model, at: range) -> tuple[TextBatch, ImageBatch]:
         visits = [Visit(pairs[i], epoch) for i, epoch in order[at.start : at.stop].tolist()]
-        return make_batch(model, visits, seed, args.cond_dropout, args.guidance)
+        return make_batch(model, visits, seed, args.cond_dropout, args.guidance, args.complementary)
 
     def ids_at(at: range) -> list[str]:
         return [pairs.ids[i] for i in order[at.start : at.stop, 0].tolist()]

@@ -112,17 +112,19 @@ class Model:
 
     def text_logps(self, images, prompts, responses) -> LogProbs:
         """log π(response | image, question): its tokens and `<|eot|>`, whole vocabulary. (B, S)"""
-        return responses_only(self.net(self.pack_text(TextBatch(images, prompts, responses)))[0])
+        packed = self.pack_text(TextBatch(images, prompts, responses))
+        return responses_only(self.net(packed)[0], len(responses[0]))
 
     def image_logps(self, prompts, images, masks, guidance_scale=0.0, texts=None) -> LogProbs:
         """log π(image | text): masked slots, whole vocabulary; guided: image codes. (B, S)"""
         batch = ImageBatch(prompts, images, masks, guidance_scale, texts)
-        return responses_only(self.net(self.pack_images(batch))[0])
+        return responses_only(self.net(self.pack_images(batch))[0], images.shape[1])
 
     def pair_logps(self, text: TextBatch, image: ImageBatch) -> tuple[LogProbs, LogProbs]:
         """Both of the above in one call of the network, as DDP and FSDP need it."""
         und, gen = self.net(self.pack_text(text), self.pack_images(image))
-        return responses_only(und), responses_only(gen)
+        return (responses_only(und, len(text.responses[0])),
+                responses_only(gen, image.images.shape[1]))
 
     def training_masks(self, seeds: list[int]) -> torch.Tensor:
         """(B, N) bool, one cosine-schedule mask per seed."""
@@ -143,10 +145,11 @@ class Model:
         return pack(rows, self.tokens.pad, self.device)
 
     def pack_images(self, batch: ImageBatch) -> Pack:
-        """A text, and behind it its images under one mask; for guidance, behind no text, too."""
+        """A text, and behind it its images under each mask; for guidance, behind no text, too."""
         images = []
-        for codes, mask in zip(batch.images.tolist(), batch.masks.tolist()):
-            images.append([image_segment(self.tokens, c, mask) for c in codes])
+        all_masks = batch.masks.view(len(batch.prompts), -1, self.image_tokens)  # (B, K, N)
+        for codes, masks in zip(batch.images.tolist(), all_masks.tolist()):
+            images.append([image_segment(self.tokens, c, m) for m in masks for c in codes])
 
         def behind(prompts: list[str]) -> Pack:
             texts = [Segment(self.tokens.t2i_prompt(p)) for p in prompts]

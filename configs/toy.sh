@@ -32,15 +32,16 @@ SCORE=(
 )
 DPO=(
   --beta 0.2
-  --lr 5e-5
+  --und 0.3                     # beside --gen 1: captions are good already
+  --nll-und 1                   # keeps captions where they are
+  --nll-gen 1                   # keeps winning drawings likely
+  --complementary               # all slots of a drawing count: less noise
+  --lr 1e-4
   --schedule linear
   --warmup 0.1
   --epochs 1                    # or --steps N
   --batch 16
   --micro-batch 16              # with N processes: 16 / N
-  --guidance 0.25               # log-probs of the policy that draws
-  --nll-und 1                   # keeps captions where they are
-  --nll-gen 0.3                 # keeps winning drawings likely
   ${DPO:-}
 )
 EVAL=(

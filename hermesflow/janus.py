@@ -127,17 +127,19 @@ class Model:
 
     def text_logps(self, images, prompts, responses) -> LogProbs:
         """log π(response | image, question): its tokens and the end, whole vocabulary. (B, S)"""
-        return responses_only(self.net(self.pack_text(TextBatch(images, prompts, responses)))[0])
+        packed = self.pack_text(TextBatch(images, prompts, responses))
+        return responses_only(self.net(packed)[0], len(responses[0]))
 
     def image_logps(self, prompts, images, masks=None, guidance_scale=0.0, texts=None) -> LogProbs:
         """log π(image | text): the sum over its codes, guided or not. (B, S)"""
         batch = ImageBatch(prompts, images, masks, guidance_scale, texts)
-        return responses_only(self.net(self.pack_images(batch))[0])
+        return responses_only(self.net(self.pack_images(batch))[0], images.shape[1])
 
     def pair_logps(self, text: TextBatch, image: ImageBatch) -> tuple[LogProbs, LogProbs]:
         """Both of the above in one call of the network, as DDP and FSDP need it."""
         und, gen = self.net(self.pack_text(text), self.pack_images(image))
-        return responses_only(und), responses_only(gen)
+        return (responses_only(und, len(text.responses[0])),
+                responses_only(gen, image.images.shape[1]))
 
     def training_masks(self, seeds: list[int]) -> None:
         """Images are autoregressive: all codes are scored, and none is masked."""

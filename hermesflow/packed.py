@@ -43,7 +43,11 @@ class TextBatch(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Images of texts: for each of B texts S images (B, S, N) under one mask (B, N), or without."""
+    """Images of texts: for each of B texts S images (B, S, N).
+
+    masks: (B, N), or K of each text's images (B, K, N), over which log-probs are means; None: of a
+    backbone without masks.
+    """
 
     prompts: list[str]
     images: torch.Tensor
@@ -52,10 +56,9 @@ class ImageBatch(NamedTuple):
     texts: list[str] | None = None  # in whose place empty prompts are
 
 
-def responses_only(segments: tuple[torch.Tensor, torch.Tensor]) -> LogProbs:
-    """(B, 1 + S) sums and counts of a pack, without the prefix."""
-    sums, counts = segments
-    return LogProbs(sums[:, 1:], counts[:, 1:])
+def responses_only(segments: tuple[torch.Tensor, torch.Tensor], S: int) -> LogProbs:
+    """(B, 1 + K·S) sums and counts of a pack -> (B, S): no prefix, and the mean of K masks."""
+    return LogProbs(*(x[:, 1:].unflatten(1, (-1, S)).mean(1) for x in segments))
 
 
 # -------------------------------------------------------------------------------------- packed rows

@@ -249,6 +249,20 @@ def test_the_wrapper_packs_what_is_packed_here(model):
     torch.testing.assert_close(guided[:, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+def test_several_masks_are_the_mean_of_each_alone(model, guidance_scale):
+    images = codes_of(model.tokens, 4).view(2, 2, 16)
+    masks = model.training_masks([0, 1])
+    both = torch.stack([masks, ~masks], 1)  # (B, 2, N)
+    with torch.no_grad():
+        together = model.image_logps(TEXTS[:2], images, both, guidance_scale)
+        apart = [model.image_logps(TEXTS[:2], images, m, guidance_scale) for m in (masks, ~masks)]
+    mean = (apart[0].sums + apart[1].sums) / 2
+    torch.testing.assert_close(together.sums, mean, rtol=1e-4, atol=1e-4)
+    assert (together.counts == 8).all()  # of a mask and its complement: every slot once
+    assert (apart[0].sums - apart[1].sums).abs().min() > 0.1
+
+
 def test_counts_are_the_labels(net):
     for rows in pair_rows(net.tokens):
         expected = []

@@ -773,6 +773,15 @@ def test_masks_and_drops_are_shared_and_seeded(world, paired):
         assert segments(epoch) == [text, win, lose]
         dropped += text == tokens.t2i_prompt("")
     assert 3 < dropped < 17
+
+    # a mask, and what it leaves out
+    _, images = dpo.make_batch(model, [dpo.Visit(pairs[0], 0)], (0, 1), 0.5, 0.0, True)
+    packed = model.pack_images(images)
+    win, lose, win_rest, lose_rest = (
+        packed.ids[packed.segments == s].eq(tokens.mask).tolist() for s in range(1, 5))
+    assert win == lose == [i == tokens.mask for i in segments(0)[1]]
+    assert win_rest == lose_rest
+    assert sum(win) + sum(win_rest) == 16 and not any(a and b for a, b in zip(win, win_rest))
     order = dpo.training_order(pairs, 5, 3, 0)  # (visits, 2): pair, epoch
     assert len(order) == 15
     for epoch in range(15 // len(pairs)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from tiny import row_logps, tiny_model
+from tiny import tiny_model
 
 from bench.reference import logits_of, sequence
 from evals.metrics import EvalRecord
@@ -21,7 +21,6 @@ from hermesflow.packed import Segment, answer_segment
 from hermesflow.records import CAPTION_QUESTION, Pair, Question, Sample, Score
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
-from hermesflow.showo import image_segment
 from hermesflow.tables import tensors_of, write_table
 from toy import world
 
@@ -154,31 +153,15 @@ def test_product_loss(stages):
     stages["03"]["assert_healthy"]({"step": 0, "loss": math.log(2)}, [], None, True)
 
 
-def test_masks(stages, model, pairs):
-    """K masks give the mean of K; a mask and its complement score every slot once."""
-    und, _ = pair_logps(stages, pairs, 0.0)
-    switches.masks(stages, "1")
-    und_of_one, _ = pair_logps(stages, pairs, 0.0)
-    assert torch.equal(und.sums, und_of_one.sums)
-    assert torch.equal(und.counts, und_of_one.counts)
-
-    switches.masks(stages, "2", "complementary")
-    _, gen = pair_logps(stages, pairs, 0.0)
-    assert (gen.counts == 8).all()
-    expected = []
-    for p in pairs:
-        tensors = tensors_of(p)
-        prefix = Segment(model.tokens.t2i_prompt(p.caption))
-        mask = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 0))
-        mean = torch.zeros(2)
-        for m in (mask, ~mask):
-            images = [image_segment(model.tokens, codes.tolist(), m.tolist())
-                      for codes in (tensors["win_image"], tensors["lose_image"])]
-            with torch.no_grad():
-                sums, _ = row_logps(model.net, [[prefix, *images]])
-            mean += sums[0, 1:] / 2
-        expected.append(mean)
-    equal(gen.sums, torch.stack(expected))
+def test_masks(stages, pairs):
+    """K masks give the mean of K, of which the first is stage 3's own."""
+    _, one = pair_logps(stages, pairs, 0.0)
+    switches.masks(stages, "2")
+    _, two = pair_logps(stages, pairs, 0.0)
+    for b, p in enumerate(pairs):
+        other = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 1)).sum()
+        assert (two.counts[b] == (one.counts[b] + other) / 2).all()
+    assert not torch.equal(two.sums, one.sums)
 
 
 def test_mean_over_slots(stages, pairs):

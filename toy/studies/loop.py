@@ -223,13 +223,14 @@ def training_figures(folder: Path, pairs: Path) -> dict:
 # ------------------------------------------------------------------------------------------- rounds
 
 
-def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampling="", scoring="",
-         training="", fixed_reference=False, self_play=False):
+def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", without="", sampling="",
+         scoring="", training="", fixed_reference=False, self_play=False):
     """n rounds of self-play.
 
-    sample, score, dpo: options of the stages that differ from configs/toy.sh; sampling, scoring,
-    training: switches of these stages. self_play: pairs by Eq. 9–10. Yields, for every round, the
-    policy it starts from and the folders of samples, pairs and training.
+    sample, score, dpo: options of the stages that differ from configs/toy.sh; without: an option of
+    DPO there that is left out; sampling, scoring, training: switches of these stages. self_play:
+    pairs by Eq. 9–10. Yields, for every round, the policy it starts from and the folders of
+    samples, pairs and training.
     """
     policy = Path(base)
     previous = {}
@@ -242,7 +243,8 @@ def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", sampli
                       model=policy, samples=samples, **previous)
         pairs = scored / "pairs.jsonl"
         reference = {"reference": base} if fixed_reference and r > 1 else {}
-        trained = step("03", f"{run} {DEFAULTS['DPO']} {dpo}", training,
+        options = DEFAULTS["DPO"].replace(without, "") + f" {dpo}"
+        trained = step("03", f"{run} {options}", training,
                        model=policy, pairs=pairs, **reference)
         yield policy, samples, scored, trained
         policy = trained / "checkpoint"
@@ -286,11 +288,13 @@ def run_variants(name: str, variants: dict[str, dict], seeds, jobs: int) -> dict
     return results
 
 
-def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), more=None) -> None:
+def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2),
+          measure=None, more=None) -> None:
     """Run all variants (name -> settings of `rounds`) with all seeds, unless --tables is given.
 
     Writes toy/results/NAME.json, then the picture and the tables. against: the variant that others
-    are compared with; more(results): further tables.
+    are compared with; measure(): further results for that file; more(content of the file): further
+    tables.
     """
     args = parse_args(seeds)
     file = RESULTS / f"{name}.json"
@@ -298,9 +302,12 @@ def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2), m
     if not args.tables:
         results = run_variants(name, variants, args.seeds, args.jobs)
         content = {"defaults": DEFAULTS, "variants": variants, "results": results}
+        if measure:
+            content["measured"] = measure()
         text = json.dumps(content, separators=(",", ":"))
         file.write_text(text + "\n", encoding="utf-8")
-    results = read_object(file)["results"]
+    content = read_object(file)
+    results = content["results"]
     (RESULTS / f"{name}.svg").write_text(forest(results, against), encoding="utf-8")
-    further = more(results) if more else []
+    further = more(content) if more else []
     publish(name, [*tables(results, against), *further])

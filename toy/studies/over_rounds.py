@@ -1,4 +1,4 @@
-"""Later rounds: whom the new best meets, and which model is the reference.
+"""Later rounds: whom the new best meets, which model is the reference, and SFT instead.
 
     python toy/studies/over_rounds.py        # or --tables
 """
@@ -6,9 +6,10 @@
 import loop
 
 VARIANTS = {
-    "toy's settings": dict(n=3),
-    "self-play pairs (Eq. 9-10)": dict(n=3, self_play=True),
-    "reference fixed to the base": dict(n=3, fixed_reference=True),
+    "toy's settings": dict(n=2),
+    "self-play pairs (Eq. 9-10)": dict(n=2, self_play=True),
+    "SFT on the best of 8": dict(n=2, dpo="--beta 0"),
+    "reference fixed to the base": dict(n=2, fixed_reference=True),
 }
 
 if __name__ == "__main__":

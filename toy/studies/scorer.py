@@ -1,31 +1,28 @@
 """An image score without questions: the policy's likelihood of the caption, given the image.
 
-How well it and the answers to questions agree with the oracle on the very same drawings, and what
-three rounds with each give.
+How well it and the answers to questions agree with the oracle on the very same drawings, which
+mistakes each of them sees, and what a round with each gives.
 
     python toy/studies/scorer.py             # or --tables
 """
 
-import json
-import sys
-
 import numpy as np
 
 import loop
-from hermesflow.files import read_object
 from hermesflow.jsonl import read_jsonl
 from hermesflow.records import Sample, Score
 from hermesflow.tables import tensors_of
 from model import load
-from switches import oracle
-from tables import RESULTS, markdown
+from switches import grids, oracle
+from tables import KINDS, markdown
 
-SEEDS = (0, 1)
-AGREEMENT = RESULTS / "scorer_agreement.json"
+SEEDS = (0, 1, 2)
+ROUNDS = (1, 2, 3)
 VARIANTS = {
-    "questions": dict(n=3),
-    "likelihood": dict(n=3, score="--image-scorer likelihood --min-image-score 0.3"),
+    "questions": dict(),
+    "likelihood": dict(score="--image-scorer likelihood --min-image-score 0.3"),
 }
+NOTHING = "nothing"  # is wrong with a drawing
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -63,46 +60,48 @@ def agreement(score: np.ndarray, share: np.ndarray, right: np.ndarray) -> list[f
     ]
 
 
-def measure() -> None:
-    """Both self-scores and the oracle on the drawings of the main result, into AGREEMENT."""
+def judge(model, sample: Sample) -> dict:
+    """What the oracle finds in a record's drawings: share of questions, all right, what is wrong."""
+    codes = tensors_of(sample)["images"]  # (K, N)
+    share, right = oracle(model, sample, codes)
+    wrong = []
+    for grid, is_right in zip(grids(model, codes), right):
+        wrong.append(NOTHING if is_right else loop.fault(grid, sample.caption))
+    return {"oracle": np.round(share, 4).tolist(), "right": right, "fault": wrong}
+
+
+def measure() -> dict:
+    """Both self-scores and the oracle on the drawings of the main result."""
     results = {}
     model = load("toy/base")  # its image tokenizer is that of all rounds
     for seed in SEEDS:
-        for r, (policy, folder, _, _) in enumerate(loop.play(seed, 3), 1):
-            samples = read_jsonl(folder / "samples.jsonl", Sample)
-            judged = [oracle(model, s, tensors_of(s)["images"]) for s in samples]
-            share, right = zip(*judged)
-            result = {"oracle": rounded(share), "right": rounded(right)}
+        for r, (policy, folder, _, _) in enumerate(loop.play(seed, len(ROUNDS)), 1):
+            judged = [judge(model, s) for s in read_jsonl(folder / "samples.jsonl", Sample)]
+            result = {name: [j[name] for j in judged] for name in judged[0]}
             for name, settings in VARIANTS.items():
                 options = f"{loop.DEFAULTS['SCORE']} {settings.get('score', '')}"
                 scored = loop.step("02", options, model=policy, samples=folder)
                 scores = read_jsonl(scored / "scores.jsonl", Score)
-                result[name] = rounded([s.image_scores for s in scores])
+                result[name] = [np.round(s.image_scores, 4).tolist() for s in scores]
             results[f"{seed}, round {r}"] = result
-    text = json.dumps(results, separators=(",", ":"))
-    AGREEMENT.write_text(text + "\n", encoding="utf-8")
+    return results
 
 
-def rounded(rows) -> list[list[float]]:
-    return [np.round(row, 4).tolist() for row in rows]
-
-
-def agreements(_) -> list[str]:
-    """The table of agreement with the oracle; measured first, unless --tables is given."""
-    if "--tables" not in sys.argv:
-        measure()
-    results = read_object(AGREEMENT)
+def agreements(content: dict) -> list[str]:
+    """The table of agreement with the oracle."""
+    results = content["measured"]
     table = [["512 records with 8 drawings each; mean over seeds (lowest–highest)",
               "records with a winner", "rank correlation with the oracle's share of questions",
               "with everything right", "winner truly better", "truly worse", "winner all right",
               "loser all right"]]
     names = ("questions", "likelihood", "questions, then likelihood",
              "the oracle's share of questions")
-    for r in (1, 2, 3):
+    for r in ROUNDS:
         for name in names:
             rows = []
             for seed in SEEDS:
-                cells = {k: np.array(v, float) for k, v in results[f"{seed}, round {r}"].items()}
+                cells = {k: np.array(v, float) for k, v in results[f"{seed}, round {r}"].items()
+                         if k != "fault"}
                 tie_broken = cells["questions"] + 1e-3 * cells["likelihood"]
                 cells["questions, then likelihood"] = tie_broken
                 cells["the oracle's share of questions"] = cells["oracle"]
@@ -113,8 +112,23 @@ def agreements(_) -> list[str]:
             row = [f"round {r}: {name}", f"{mean[0]:.0f}"]
             row += [f"{m:.3f} ({a:.3f}–{b:.3f})" for m, a, b in zip(mean[1:], low[1:], high[1:])]
             table.append(row)
-    return [markdown(table)]
+    return [markdown(table), noticed(results)]
+
+
+def noticed(results: dict) -> str:
+    """Which mistakes the answers to questions see, of all drawings of a round."""
+    table = [["what is wrong", "of 100 drawings", "mean score", "full score"]]
+    for r in ROUNDS:
+        cells = [results[f"{seed}, round {r}"] for seed in SEEDS]
+        fault = np.array([c["fault"] for c in cells]).ravel()
+        score = np.array([c["questions"] for c in cells]).ravel()
+        for kind in (NOTHING, *KINDS):
+            of_kind = score[fault == kind]
+            table.append([f"round {r}: {kind}", f"{100 * len(of_kind) / len(score):.1f}",
+                          f"{of_kind.mean():.3f}", f"{(of_kind == 1).mean():.3f}"])
+    return markdown(table)
 
 
 if __name__ == "__main__":
-    loop.study("scorer", VARIANTS, against="questions", seeds=SEEDS, more=agreements)
+    loop.study("scorer", VARIANTS, against="questions", seeds=SEEDS,
+               measure=measure, more=agreements)

@@ -133,34 +133,20 @@ def chosen_by_oracle(stages):
 # ------------------------------------------------------------------------------------------ recipes
 
 
-def masks(stages, K, complementary=False):
-    """K masks per image instead of one, or K/2 masks and their complements.
-
-    Log-probs are means over the masks.
-    """
+def masks(stages, K):
+    """K masks per image instead of one. Log-probs are means over the masks."""
     stage = stages["03"]
     make_batch = stage["make_batch"]
-    K = int(K)
 
     def make_masked_batch(model, visits, seed, *arguments):
         text, image = make_batch(model, visits, seed, *arguments)
-        prompts = []
-        rows = []
-        for (pair, epoch), prompt in zip(visits, image.prompts):
-            for k in range(K):
-                number = k // 2 if complementary else k
-                mask_seed = stable_seed(*seed, pair.id, epoch, "mask", number)
-                mask = model.training_masks([mask_seed])[0]  # (N,)
-                rows.append(~mask if complementary and k % 2 else mask)
-                prompts.append(prompt)
-        images = image.images.repeat_interleave(K, 0)  # (B·K, 2, N)
-        return text, image._replace(prompts=prompts, images=images, masks=torch.stack(rows))
-
-    def mean_over_masks(gen):  # (B·K, 2) -> (B, 2)
-        return LogProbs(*(x.unflatten(0, (-1, K)).mean(1) for x in gen))
+        rows = [image.masks]
+        for k in range(1, int(K)):
+            seeds = [stable_seed(*seed, pair.id, epoch, "mask", k) for pair, epoch in visits]
+            rows.append(model.training_masks(seeds))
+        return text, image._replace(masks=torch.stack(rows, 1))  # (B, K, N)
 
     stage["make_batch"] = make_masked_batch
-    change_image_logps(stage, mean_over_masks)
 
 
 def mean_over_slots(stages):

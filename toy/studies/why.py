@@ -8,8 +8,8 @@ import loop
 VARIANTS = {
     "toy's settings": dict(),
     "preference alone": dict(dpo="--nll-und 0 --nll-gen 0"),
-    "NLL alone": dict(dpo="--beta 0 --nll-und 1 --nll-gen 0.3"),
-    "understanding only": dict(dpo="--gen 0"),
+    "NLL alone": dict(dpo="--beta 0"),
+    "understanding only": dict(dpo="--und 1 --gen 0"),
     "generation only": dict(dpo="--und 0"),
 }
 

@@ -25,7 +25,7 @@ from hermesflow.options import COUNT, SEED, folder, integer, stage_parser
 from hermesflow.outputs import Output, exit_if_complete, finish, prepare, run_main
 
 TOKENIZER_STEPS = {"showo": 1200, "janus": 2000}
-STEPS = {"showo": 2000, "janus": 800}
+STEPS = {"showo": 2000, "janus": 1200}
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__)

@@ -1,16 +1,19 @@
 """Another backbone: does Pair-DPO help one that draws its codes one after the other?
 
-The base is toy/base-janus; three rounds, each variant with the loop's data and protocol.
+The base is toy/base-janus. It draws at more guidance than Show-o's, so candidates are sampled at 1;
+all other settings are the toy's.
 
     python toy/studies/janus.py              # or --tables
 """
 
 import loop
 
-BASE = dict(n=3, base="toy/base-janus")
+JANUS = dict(base="toy/base-janus", sample="--guidance 1")
 VARIANTS = {
-    "Janus": dict(**BASE),
+    "Pair-DPO": dict(n=3, **JANUS),
+    "preference alone": dict(dpo="--nll-und 0 --nll-gen 0", **JANUS),
+    "NLL alone": dict(dpo="--beta 0", **JANUS),
 }
 
 if __name__ == "__main__":
-    loop.study("janus", VARIANTS, against="Janus")
+    loop.study("janus", VARIANTS, against="Pair-DPO")

@@ -8,12 +8,7 @@ all other settings are the toy's.
 
 import loop
 
-JANUS = dict(base="toy/base-janus", sample="--guidance 1")
-VARIANTS = {
-    "Pair-DPO": dict(n=3, **JANUS),
-    "preference alone": dict(dpo="--nll-und 0 --nll-gen 0", **JANUS),
-    "NLL alone": dict(dpo="--beta 0", **JANUS),
-}
+VARIANTS = {"Pair-DPO": dict(n=3, base="toy/base-janus", sample="--guidance 1")}
 
 if __name__ == "__main__":
     loop.study("janus", VARIANTS, against="Pair-DPO")

@@ -358,6 +358,12 @@ def read_log(out) -> list[dict]:
     return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
 
 
+def test_all_codes_are_scored_anyway(records, paired, trained, folder):
+    """Without masks, --complementary changes nothing."""
+    again = run_train(records, paired, folder / "train-complementary", "--complementary")
+    assert read_log(again) == read_log(trained)
+
+
 def test_samples(policy, sampled):
     samples = read_jsonl(sampled / "samples.jsonl", Sample)
     assert samples.ids == [f"r{i}" for i in range(6)]

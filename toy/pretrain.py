@@ -30,7 +30,7 @@ STEPS = {"showo": 2000, "janus": 1200}
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=folder, default=Path("runs/pretrain"), help="folder for both models")
+    add("--out", type=folder, default=Path("runs/pretrain"), help="folder for OUT/base")
     add("--overwrite", action="store_true", help="empty OUT first")
     add("--backbone", choices=STEPS, default="showo", help="network of the base")
     add("--keep", type=COUNT, nargs="+", default=[], help="also save after these steps [none]")

@@ -33,7 +33,7 @@ from hermesflow.tables import check_codes, check_text_ids
 from hermesflow.weights import load_weights
 from model import Model, load, save
 from tiny import row_logps, tiny_model
-from toy import pretrain
+from toy import new_showo
 
 TEXT = ("user assistant give a caption for this image big small red blue ring cross left of two "
         "three")
@@ -54,7 +54,7 @@ def error(call, *args, **named) -> str:
 
 
 def word_tokenizer(text: str = TEXT) -> PreTrainedTokenizerFast:
-    return pretrain.word_tokenizer(text.split())
+    return new_showo.text_tokenizer(text.split())
 
 
 def random_weights(module) -> dict:

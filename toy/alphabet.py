@@ -13,12 +13,9 @@ BITS = 8  # of an image code
 EMPTY = len(world.TYPES)  # row of an empty cell in tables by type; a grid's -1 finds it, too
 
 
-def word_tokenizer(special: list[str]) -> Tokenizer:
-    """Special tokens, then the world's lower-case words, without punctuation.
-
-    Decoding joins them with spaces.
-    """
-    ids = {word: i for i, word in enumerate([*special, *world.vocabulary()])}
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """Lower-case words without punctuation, and `<|unk|>`; decoding joins them with spaces."""
+    ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     word = Regex(r"\w+")

@@ -34,7 +34,8 @@ TOKENIZER_LR, LR = 6e-3, 1e-3
 
 
 def new_processor() -> JanusProcessor:
-    words = word_tokenizer([*SPECIAL.values(), *OF_IMAGES.values(), *ROLES])
+    special = [*SPECIAL.values(), *OF_IMAGES.values(), *ROLES]
+    words = word_tokenizer([*special, *world.vocabulary()])
     words.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     words.add_special_tokens(ROLES)
     tokenizer = PreTrainedTokenizerFast(

@@ -19,6 +19,14 @@ DRAWN = 32  # images in a step of training
 TOKENIZER_LR, LR = 2e-3, 2e-3
 
 
+def text_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word. Show-o's special tokens are not in it."""
+    words = word_tokenizer(["<|endoftext|>", "<|unk|>", *words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+
+
 def image_tokenizer() -> Magvit:
     """MAGVIT-v2 as published, but small."""
     return Magvit(MAGVIT)
@@ -35,13 +43,8 @@ def picture(vq: Magvit, bits: torch.Tensor) -> torch.Tensor:
 
 
 def new_model(vq: Magvit) -> Model:
-    """Random weights, except that codes which share bits begin alike.
-
-    Show-o's special tokens are not in its text tokenizer.
-    """
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(["<|endoftext|>", "<|unk|>"]), bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>", unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+    """Random weights, except that codes which share bits begin alike."""
+    tokenizer = text_tokenizer(world.vocabulary())
     text = len(tokenizer)
     codes = 2**BITS
     size = text + len(Tokens.SPECIAL) + codes + 1

@@ -277,7 +277,8 @@ def test_a_cut_response_ends_without_a_label(policy, pixels):
 
     def logps(responses, ended):
         batch = TextBatch(pixels[:1], ["what?"], [responses], ended)
-        return wrapper.responses_only(policy.net(policy.pack_text(batch))[0])
+        sums = policy.net(policy.pack_text(batch))[0]
+        return wrapper.responses_only(sums, len(responses))
 
     cut = logps(responses, [[False] * len(responses)])
     assert cut.counts[0].tolist() == [3, *[4] * len(vocabulary)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from tiny import tiny_model
+from tiny import row_logps, tiny_model
 
 from bench.reference import logits_of, sequence
 from evals.metrics import EvalRecord
@@ -21,6 +21,7 @@ from hermesflow.packed import Segment, answer_segment
 from hermesflow.records import CAPTION_QUESTION, Pair, Question, Sample, Score
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
+from hermesflow.showo import image_segment
 from hermesflow.tables import tensors_of, write_table
 from toy import world
 
@@ -31,7 +32,7 @@ import tables
 from main_result import mcnemar
 from scorer import agreement, ranks, spearman
 
-STUDIES = ("details", "main_result", "over_rounds", "recipes", "scorer", "why")
+STUDIES = ("details", "janus", "main_result", "over_rounds", "recipes", "scorer", "why")
 PAGES = sorted(page.stem for page in tables.RESULTS.glob("*.json"))
 SEED = (3, 1)  # seed, round
 
@@ -153,15 +154,23 @@ def test_product_loss(stages):
     stages["03"]["assert_healthy"]({"step": 0, "loss": math.log(2)}, [], None, True)
 
 
-def test_masks(stages, pairs):
+def test_masks(stages, model, pairs):
     """K masks give the mean of K, of which the first is stage 3's own."""
     _, one = pair_logps(stages, pairs, 0.0)
     switches.masks(stages, "2")
     _, two = pair_logps(stages, pairs, 0.0)
+    expected = []
     for b, p in enumerate(pairs):
-        other = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 1)).sum()
-        assert (two.counts[b] == (one.counts[b] + other) / 2).all()
-    assert not torch.equal(two.sums, one.sums)
+        tensors = tensors_of(p)
+        prefix = Segment(model.tokens.t2i_prompt(p.caption))
+        mask = random_mask(16, stable_seed(*SEED, p.id, 0, "mask", 1))
+        images = [image_segment(model.tokens, codes.tolist(), mask.tolist())
+                  for codes in (tensors["win_image"], tensors["lose_image"])]
+        with torch.no_grad():
+            sums, _ = row_logps(model.net, [[prefix, *images]])
+        expected.append((one.sums[b] + sums[0, 1:]) / 2)
+        assert (two.counts[b] == (one.counts[b] + mask.sum()) / 2).all()
+    equal(two.sums, torch.stack(expected))
 
 
 def test_mean_over_slots(stages, pairs):
@@ -293,6 +302,12 @@ def test_every_policy_draws_at_its_own_best_guidance(monkeypatch, tmp_path):
     monkeypatch.setattr(switches, "grids", lambda _, drawn: [good if d else bad for d in drawn])
     assert loop.best_guidance("a policy", 0) == 0.25
     assert (tmp_path / "2.right").read_text() == "1"
+
+    # the highest is best: further, until it is not
+    drawings |= {"2": [[1], [1]], "4": [[1], [1]], "0.25": [[0], [1]], "0.5": [[0], [1]]}
+    for file in tmp_path.glob("*.right"):
+        file.unlink()
+    assert loop.best_guidance("another policy", 0) == 2
 
 
 # ------------------------------------------------------------------------------------------- tables

@@ -29,7 +29,7 @@ SIGLIP = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, mlp_ra
 VQ = dict(embed_dim=BITS, num_embeddings=2**BITS, latent_channels=64, base_channels=32,
           channel_multiplier=[1, 1, 1, 1, 1], num_res_blocks=0, num_patches=world.GRID,
           projection_dim=WIDTH, image_token_embed_dim=WIDTH)
-DRAWN = 3  # images in a step of training
+DRAWN = 3  # images to draw in a step of training
 TOKENIZER_LR, LR = 6e-3, 1e-3
 
 

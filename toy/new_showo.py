@@ -15,7 +15,7 @@ MAGVIT = MagvitConfig(ch=32, bits=BITS,
                       decoder_mult=(1, 1, 1, 2, 2), decoder_blocks=(0, 1, 1, 1, 1))
 PHI = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
            max_position_embeddings=512)
-DRAWN = 32  # images in a step of training
+DRAWN = 32  # images to draw in a step of training
 TOKENIZER_LR, LR = 2e-3, 2e-3
 
 
@@ -52,6 +52,7 @@ def new_model(vq: Magvit) -> Model:
                   num_vq_tokens=world.GRID**2, mask_token_id=size - 1,
                   llm_model_path="phi_config.json", load_from_showo=True, w_clip_vit=False)
     net = Showo(config, PhiConfig(**PHI), Tokens(tokenizer, codes, world.GRID**2))
+    # of a new one: toy/base was made so, and its random weights come before those below
     bits = image_tokenizer().quantize.embedding  # (C, bits) of ±1
     rows = slice(net.tokens.first_code, net.tokens.mask)
     with torch.no_grad():

@@ -27,6 +27,7 @@ from hermesflow.outputs import Output, exit_if_complete, finish, prepare, run_ma
 TOKENIZER_STEPS = {"showo": 1200, "janus": 2000}
 STEPS = {"showo": 2000, "janus": 1200}
 
+
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument_group("output").add_argument
@@ -49,7 +50,7 @@ def parse_args(argv=None):
 
 
 def output_of(args) -> Output:
-    """What decides both models."""
+    """What decides the model."""
     kept = [f"step-{step}" for step in args.keep]
     return Output(args.out, "toy/pretrain", "base/config.json", args=vars(args),
                   writes=("base", *kept), free=(), derived=(), inputs={},
@@ -79,7 +80,7 @@ from model import save
 from toy import world
 from toy.alphabet import assigned_bits, render, scene_codes
 
-READ = 16  # images in a step
+READ = 16  # images to read in a step
 
 # ---------------------------------------------------------------------------------- image tokenizer
 

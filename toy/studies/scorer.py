@@ -13,7 +13,7 @@ from hermesflow.jsonl import read_jsonl
 from hermesflow.records import Sample, Score
 from hermesflow.tables import tensors_of
 from model import load
-from switches import grids, oracle
+from switches import grids, judged
 from tables import KINDS, markdown
 
 SEEDS = (0, 1, 2)
@@ -62,10 +62,10 @@ def agreement(score: np.ndarray, share: np.ndarray, right: np.ndarray) -> list[f
 
 def judge(model, sample: Sample) -> dict:
     """What the oracle finds in a record's drawings: share of questions, all right, what is wrong."""
-    codes = tensors_of(sample)["images"]  # (K, N)
-    share, right = oracle(model, sample, codes)
+    drawn = grids(model, tensors_of(sample)["images"])  # of (K, N)
+    share, right = judged(sample, drawn)
     wrong = []
-    for grid, is_right in zip(grids(model, codes), right):
+    for grid, is_right in zip(drawn, right):
         wrong.append(NOTHING if is_right else loop.fault(grid, sample.caption))
     return {"oracle": np.round(share, 4).tolist(), "right": right, "fault": wrong}
 

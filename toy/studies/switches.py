@@ -103,14 +103,19 @@ def grids(model, codes: torch.Tensor) -> list:
 
 
 def oracle(model, sample, codes: torch.Tensor) -> tuple[list[float], list[int]]:
-    """What the oracle finds in a record's drawings (K, N).
+    """What the oracle finds in a record's drawings (K, N): `judged`."""
+    return judged(sample, grids(model, codes))
+
+
+def judged(sample, drawn: list) -> tuple[list[float], list[int]]:
+    """What the oracle finds in K grids of a record.
 
     Per drawing, the share of the record's questions with the right answer, and 1 if everything is
     right.
     """
     shares = []
     rights = []
-    for grid in grids(model, codes):
+    for grid in drawn:
         answers = [world.answer(grid, q.question) == q.answer for q in sample.questions]
         shares.append(sum(answers) / len(answers))
         rights.append(int(world.judge(grid, sample.caption)["correct"]))

@@ -15,8 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
 KINDS = ("objects missing", "objects too many", "another object", "relation")
 RIGHT = METRICS.index("everything right")
-SHADES = {"base": "#9ca3af", "round1": "#bfdbfe", "round2": "#93c5fd", "round3": "#60a5fa",
-          "round4": "#2563eb", "round5": "#1e3a8a"}
+SHADES = {"base": "#9ca3af", "round1": "#93c5fd", "round2": "#3b82f6", "round3": "#1e3a8a"}
 
 
 # ---------------------------------------------------------------------------- metrics and intervals

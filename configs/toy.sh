@@ -17,10 +17,10 @@ JUDGE=${JUDGE-toy}              # the toy world's exact oracle answers about dra
 PAIRS=${PAIRS-fresh}            # fresh: a round's own best and worst; self-play: Eq. 9-10
 
 SAMPLE=(
-  --captions 8                  # per image
+  --captions 4                  # per image
   --caption-settings 0:2.0      # the whole vocabulary at temperature 2
   --max-new-tokens 20
-  --images 8                    # per caption
+  --images 4                    # per caption
   --steps 16                    # one image token per step
   --guidance 0.25
   --batch 16
@@ -31,15 +31,15 @@ SCORE=(
   ${SCORE:-}
 )
 DPO=(
-  --beta 0.2
+  --beta 1
   --und 0.3                     # beside --gen 1: captions are good already
   --nll-und 1                   # keeps captions where they are
-  --nll-gen 1                   # keeps winning drawings likely
+  --nll-gen 2                   # keeps winning drawings likely
   --complementary               # all slots of a drawing count: less noise
-  --lr 1e-4
+  --lr 3e-5
   --schedule linear
   --warmup 0.1
-  --epochs 1                    # or --steps N
+  --epochs 4                    # or --steps N
   --batch 16
   --micro-batch 16              # with N processes: 16 / N
   ${DPO:-}

@@ -233,7 +233,7 @@ def test_every_switch_of_the_studies_is_there():
 
 def test_defaults_are_those_of_the_loop(monkeypatch):
     assert set(loop.DEFAULTS) == {"SAMPLE", "SCORE", "DPO", "EVAL"}
-    assert "--images 8" in loop.DEFAULTS["SAMPLE"]
+    assert "--images 4" in loop.DEFAULTS["SAMPLE"]
     monkeypatch.setenv("SAMPLE", "--images 3")  # an override of run_selfplay.sh is none of a study
     assert loop.default_options("SAMPLE") == loop.DEFAULTS["SAMPLE"]
 

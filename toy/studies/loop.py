@@ -226,9 +226,9 @@ def training_figures(folder: Path, pairs: Path) -> dict:
 # ------------------------------------------------------------------------------------------- rounds
 
 
-def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", without="", sampling="",
-         scoring="", training="", fixed_reference=False, self_play=False):
-    """n rounds of self-play.
+def play(seed: int, n: int, base="toy/base", preference=1024, sample="", score="", dpo="",
+         without="", sampling="", scoring="", training="", fixed_reference=False, self_play=False):
+    """n rounds of self-play on as many preference records.
 
     sample, score, dpo: options of the stages that differ from configs/toy.sh; without: an option of
     DPO there that is left out; sampling, scoring, training: switches of these stages. self_play:
@@ -238,7 +238,7 @@ def play(seed: int, n: int, base="toy/base", sample="", score="", dpo="", withou
     policy = Path(base)
     previous = {}
     for r in range(1, n + 1):
-        train = records("preference", 512, seed)
+        train = records("preference", preference, seed)
         run = f"--round {r} --seed {seed}"
         samples = step("01", f"{run} {DEFAULTS['SAMPLE']} {sample}", sampling,
                        model=policy, records=train)

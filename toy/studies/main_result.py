@@ -69,8 +69,8 @@ def chosen_of_8(policy, seed: int) -> list[int]:
 
     They are drawn at its own best guidance. Captions are cut after a word: they are not looked at.
     """
-    options = (f"--seed {seed} {loop.DEFAULTS['SAMPLE']} --captions 2 --max-new-tokens 1 --batch 64 "
-               f"--show 0 --guidance {loop.best_guidance(policy, seed)}")
+    options = (f"--seed {seed} {loop.DEFAULTS['SAMPLE']} --captions 2 --max-new-tokens 1 --images 8 "
+               f"--batch 64 --show 0 --guidance {loop.best_guidance(policy, seed)}")
     samples = loop.step("01", options, model=policy, records=loop.records("test", 600, 0))
     scored = loop.step("02", loop.DEFAULTS["SCORE"], model=policy, samples=samples)
     model = load(str(policy))

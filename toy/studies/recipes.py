@@ -7,8 +7,9 @@ import loop
 
 VARIANTS = {
     "toy's settings": dict(),
-    "NLL alone": dict(dpo="--beta 0"),
-    "beta 0.5, NLL on the image 2": dict(dpo="--beta 0.5 --nll-gen 2"),
+    "pairs by the oracle": dict(scoring="chosen_by_oracle"),
+    "one mask": dict(without="--complementary"),
+    "beta 0.2, NLL on the image 1": dict(dpo="--beta 0.2 --nll-gen 1"),
 }
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def measure() -> dict:
 def agreements(content: dict) -> list[str]:
     """The table of agreement with the oracle."""
     results = content["measured"]
-    table = [["512 records with 8 drawings each; mean over seeds (lowest–highest)",
+    table = [["1,024 records with 4 drawings each; mean over seeds (lowest–highest)",
               "records with a winner", "rank correlation with the oracle's share of questions",
               "with everything right", "winner truly better", "truly worse", "winner all right",
               "loser all right"]]

@@ -913,7 +913,7 @@ def settings(config: str, array: str, override: str | None = None) -> dict:
 
 @pytest.mark.parametrize("config", ["configs/toy.sh", "configs/showo.sh", "configs/janus.sh"])
 @pytest.mark.parametrize("array, override, changed", [
-    ("SAMPLE", "--images 4", {"images": 4}),
+    ("SAMPLE", "--images 3", {"images": 3}),
     ("SCORE", "--min-image-score 0.5 --batch 2", {"min_image_score": 0.5, "batch": 2}),
     ("DPO", "--beta 0.1", {"beta": 0.1}),
     ("EVAL", "--steps 3 --seed 7", {"steps": 3, "seed": 7}),
@@ -924,7 +924,7 @@ def test_overriding_one_setting_keeps_the_others(config, array, override, change
 
 def test_what_the_configs_set():
     toy = settings("configs/toy.sh", "SAMPLE")
-    assert [toy[k] for k in ("captions", "images", "steps", "guidance")] == [8, 8, 16, 0.25]
+    assert [toy[k] for k in ("captions", "images", "steps", "guidance")] == [4, 4, 16, 0.25]
     assert toy["caption_settings"] == [(0, 2.0)]
     paper = settings("configs/showo.sh", "SAMPLE")
     assert [paper[k] for k in ("captions", "images", "steps", "guidance")] == [10, 16, 50, 5]

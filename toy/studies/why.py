@@ -1,4 +1,4 @@
-"""Which part of the loss does it: preference or NLL, understanding or generation? One round.
+"""Which part of the loss does it: preference, NLL, or both? One round.
 
     python toy/studies/why.py                # or --tables
 """
@@ -6,12 +6,10 @@
 import loop
 
 VARIANTS = {
-    "both halves": dict(),
+    "both": dict(),
     "preference alone": dict(dpo="--nll-und 0 --nll-gen 0"),
     "NLL alone": dict(dpo="--beta 0"),
-    "understanding only": dict(dpo="--gen 0"),
-    "generation only": dict(dpo="--und 0"),
 }
 
 if __name__ == "__main__":
-    loop.study("why", VARIANTS, against="both halves")
+    loop.study("why", VARIANTS, against="both")

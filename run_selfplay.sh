@@ -113,7 +113,7 @@ check DPO train "$BASE" "$ROUNDS"
 
 # the toy world's records: captions to learn from, and 300 held-out ones
 if [ "$TRAIN" = "$OUT/preference/records.jsonl" ] && [ ! -f "$TRAIN" ]; then
-  python toy/world.py --split preference --n 512 --seed "$SEED" --out "$OUT/preference"
+  python toy/world.py --split preference --n 320 --seed "$SEED" --out "$OUT/preference"
 fi
 if [ "$HELD_OUT" = "$OUT/held_out/records.jsonl" ] && [ ! -f "$HELD_OUT" ]; then
   python toy/world.py --split test --n 300 --seed 0 --out "$OUT/held_out"

@@ -228,12 +228,12 @@ def training_figures(folder: Path, pairs: Path) -> dict:
 
 def play(seed: int, n: int, base="toy/base", preference=1024, sample="", score="", dpo="",
          without="", sampling="", scoring="", training="", fixed_reference=False, self_play=False):
-    """n rounds of self-play on as many preference records.
+    """n rounds of self-play.
 
-    sample, score, dpo: options of the stages that differ from configs/toy.sh; without: an option of
-    DPO there that is left out; sampling, scoring, training: switches of these stages. self_play:
-    pairs by Eq. 9–10. Yields, for every round, the policy it starts from and the folders of
-    samples, pairs and training.
+    preference: how many records a round learns from; sample, score, dpo: options of the stages that
+    differ from configs/toy.sh; without: an option of DPO there that is left out; sampling, scoring,
+    training: switches of these stages. self_play: pairs by Eq. 9–10. Yields, for every round, the
+    policy it starts from and the folders of samples, pairs and training.
     """
     policy = Path(base)
     previous = {}

@@ -8,7 +8,7 @@ import loop
 VARIANTS = {
     "toy's settings": dict(n=2),
     "self-play pairs (Eq. 9-10)": dict(n=2, self_play=True),
-    "SFT on the best of 8": dict(n=2, dpo="--beta 0"),
+    "SFT on the best of 4": dict(n=2, dpo="--beta 0"),
     "reference fixed to the base": dict(n=2, fixed_reference=True),
 }
 

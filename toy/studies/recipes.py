@@ -9,6 +9,8 @@ VARIANTS = {
     "toy's settings": dict(),
     "pairs by the oracle": dict(scoring="chosen_by_oracle"),
     "one mask": dict(without="--complementary"),
+    "4 masks": dict(without="--complementary", training="masks 4"),
+    "mean over slots, beta 8": dict(dpo="--beta 8", training="mean_over_slots"),
     "beta 0.2, NLL on the image 1": dict(dpo="--beta 0.2 --nll-gen 1"),
 }
 

@@ -16,9 +16,10 @@ from tiny import row_logps, tiny_model
 
 from bench.reference import logits_of, sequence
 from evals.metrics import EvalRecord
+from hermesflow.files import InputError
 from hermesflow.jsonl import read_jsonl
 from hermesflow.packed import Segment, answer_segment
-from hermesflow.records import CAPTION_QUESTION, Pair, Question, Sample, Score
+from hermesflow.records import CAPTION_QUESTION, Pair, Question, Sample, Score, vqa_question
 from hermesflow.sampling import random_mask, stable_seed
 from hermesflow.scoring import caption_likelihood
 from hermesflow.showo import image_segment
@@ -208,6 +209,31 @@ def test_chosen_by_oracle(stages, tmp_path):
     assert scored == [Score("a", [], [1.0], [0, 1, 0], [], [])]
 
 
+def test_answers(stages, model, pairs):
+    """A question about the record's image with its answer, and another choice as the loser."""
+    pair = pairs[0]
+    visits = [stages["03"]["Visit"](pair, epoch) for epoch in range(20)]
+    captions, images = stages["03"]["make_batch"](model, visits, SEED)
+    switches.answers(stages)
+    text, same_images = stages["03"]["make_batch"](model, visits, SEED)
+    assert torch.equal(text.images, captions.images)
+    assert all(torch.equal(a, b) for a, b in zip(same_images[1:3], images[1:3]))
+    questions = [Question(**q) for q in world.questions(pair.caption)]
+    known = {vqa_question(q): q for q in questions}
+    losers = set()
+    for prompt, (win, lose) in zip(text.prompts, text.responses, strict=True):
+        question = known[prompt]
+        assert win == model.encode_text(question.answer)
+        assert lose in [model.encode_text(c) for c in question.choices if c != question.answer]
+        losers.add(tuple(lose))
+    assert len(set(text.prompts)) > 5 and len(losers) > 2  # they change from epoch to epoch
+    again, _ = stages["03"]["make_batch"](model, visits, SEED)
+    assert again.prompts == text.prompts and again.responses == text.responses
+    # a micro-batch with one text per image, as many tokens as the words of answer and end
+    und, _ = pair_logps(stages, [pair])
+    assert und.counts.tolist() == [[len(r) + 1 for r in text.responses[0]]]
+
+
 def test_a_half_of_weight_zero_takes_no_part(stages, pairs):
     und, gen = pair_logps(stages, pairs)
     reference = torch.zeros(4, 2, 2)
@@ -242,6 +268,66 @@ def test_the_environment_makes_no_records(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     loop.default_options("EVAL")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """What `loop.step` begins in a repository of two files, without its processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "ROOT", tmp_path)
+    (tmp_path / "01_sample.py").write_text("import part\n")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_text("1")
+    (tmp_path / "toy" / "studies").mkdir(parents=True)
+    (tmp_path / "toy" / "studies" / "switches.py").write_text("1")
+
+    class Process:
+        exitcode = 0
+        join = start = lambda self: None
+
+        def __init__(self, target, args):
+            pass
+
+    monkeypatch.setattr(loop, "FORKS", SimpleNamespace(Process=Process))
+    yield lambda *arguments, **paths: loop.step("01", *arguments, **paths).name
+    loop.code.cache_clear()
+
+
+@pytest.mark.parametrize("change", ["01_sample.py", "base/weights", "toy/studies/switches.py"])
+def test_a_step_is_named_after_all_that_goes_into_it(begun, tmp_path, change):
+    loop.code.cache_clear()
+    plain = begun("--batch 1", "", model="base")
+    assert plain == begun("--batch 1", "", model="base")
+    switched = begun("--batch 1", "masks 4", model="base")
+    assert len({plain, switched, begun("--batch 2", "", model="base")}) == 3
+
+    (tmp_path / change).write_text("2")
+    loop.code.cache_clear()
+    assert (begun("--batch 1", "", model="base") == plain) == ("switches" in change)
+    assert begun("--batch 1", "masks 4", model="base") != switched
+
+
+def test_what_a_study_made_is_known_by_its_name(begun, tmp_path):
+    """Not by its content, which is not there before the stage has run."""
+    made = loop.RUNS / "03-0123" / "checkpoint"
+    assert begun("", model=made) == begun("", model=made)
+    assert begun("", model=made) != begun("", model=loop.RUNS / "03-4567" / "checkpoint")
+
+
+def test_a_failed_step_says_why(begun, monkeypatch):
+    def fail(self):
+        log, = [a.with_name(a.name + ".log") for a in self.args if isinstance(a, loop.Path)]
+        log.parent.mkdir(parents=True)
+        log.write_text("sample: 1/2\rsample: 2/2\nerror: no space left\n")
+
+    def begin(self, target, args):
+        self.args = args
+
+    process = loop.FORKS.Process
+    for name, value in {"__init__": begin, "join": fail, "exitcode": 2}.items():
+        monkeypatch.setattr(process, name, value)
+    with pytest.raises(InputError, match=r"runs/studies/01-\w+\.log: error: no space left"):
+        begun("", model="base")
 
 
 @pytest.mark.parametrize("cells, kind", [
@@ -378,8 +464,18 @@ def test_publish(tmp_path, monkeypatch, capsys):
     expected = "before\n<!-- a -->\n\n| new \\1 |\n\nmore\n\n<!-- /a -->\nafter <!-- b -->\n"
     assert page.read_text() == expected
     (tmp_path / "b.md").write_text("<!-- b -->\n")
-    with pytest.raises(ValueError, match="marks of b"):
+    with pytest.raises(InputError, match="b.md: needs the marks of b once, has them 0 times"):
         tables.publish("b", [""])
+    assert capsys.readouterr().out == "| new \\1 |\n\nmore\n\n"  # printed before the page fails
+
+
+def test_a_new_study_begins_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for table in ("old", "new"):
+        tables.publish("mine", [table])
+    begin = "# mine\n\n`python toy/studies/mine.py`\n\n![](mine.svg)\n\n"
+    page = (tmp_path / "mine.md").read_text()
+    assert page == f"{begin}<!-- mine -->\n\nnew\n\n<!-- /mine -->\n"
 
 
 # ------------------------------------------------------------------------------------------- scorer

@@ -1,13 +1,14 @@
 """What all studies share: rounds of the repository's own stages, each result computed once.
 
-A stage's folder below runs/studies is named after everything that goes into it, so variants that
-begin alike share their beginning: all training recipes of one seed see the same samples and pairs.
-An interrupted study continues.
+A stage's folder below runs/studies is named after everything that goes into it, its code included,
+so variants that begin alike share their beginning: all training recipes of one seed see the same
+samples and pairs. An interrupted study continues; after a change of code, what it changes is new.
 
     python toy/studies/recipes.py             # run what is missing, two jobs at a time
     python toy/studies/recipes.py --tables    # only write picture and tables again
 
-Results: toy/results/recipes.json; picture and tables: recipes.svg and recipes.md beside it.
+Results: toy/results/recipes.json; picture and tables: recipes.svg and recipes.md beside it. A new
+study is a file like recipes.py; its page begins with the tables.
 """
 
 import fcntl
@@ -33,9 +34,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy" / "studies")]
 import switches
 from evals.metrics import EvalRecord
-from hermesflow.files import parse_json, read_object, read_text
+from hermesflow.contents import code_of, digest
+from hermesflow.files import InputError, parse_json, read_object, read_text, write_text
 from hermesflow.jsonl import read_jsonl
-from hermesflow.options import COUNT, SEED, stage_parser
+from hermesflow.options import COUNT, stage_parser
 from hermesflow.outputs import run_main
 from hermesflow.records import Pair, Sample
 from hermesflow.tables import tensors_of
@@ -77,49 +79,75 @@ FORKS.set_forkserver_preload(["loop"])
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the server finds this file
 
 
-def run_stage(number: str, switch: str, arguments: list[str], log: str) -> None:
-    """In a process of its own: a stage, with a switch of switches.py."""
-    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8")
-    torch.set_num_threads(1)
-    stages = {name: load_stage(name) for name in STAGES}
-    if switch:
-        name, *values = switch.split()
-        getattr(switches, name)(stages, *values)
-    stage = stages[number]
-    run_main(lambda: stage["main"](stage["parse_args"](arguments)))
+def run_stage(number: str, switch: str, arguments: list[str], out: Path) -> None:
+    """In a process of its own: a stage, with a switch of switches.py, unless it is complete.
+
+    Several studies may want the same folder at once, or a killed one has left its stage running:
+    the others wait for the first.
+    """
+    with exclusive(out):
+        if done_mark(out).exists():
+            return
+        sys.stdout = sys.stderr = open(f"{out}.log", "w", encoding="utf-8")
+        torch.set_num_threads(1)
+        stages = {name: load_stage(name) for name in STAGES}
+        if switch:
+            name, *values = switch.split()
+            getattr(switches, name)(stages, *values)
+        stage = stages[number]
+        run_main(lambda: stage["main"](stage["parse_args"](arguments)))
+        done_mark(out).touch()
+
+
+def done_mark(out: Path) -> Path:
+    return Path(f"{out}.done")
 
 
 @contextmanager
 def exclusive(out: Path):
-    """Several studies may want the same folder at once: the others wait for the first."""
+    """Of all processes, one at a time is inside for the same folder."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+@functools.cache
+def code(*files: str) -> dict[str, str]:
+    """Files and what they import, with their contents."""
+    return code_of(ROOT / file for file in files)
+
+
+def identity(path) -> str:
+    """A folder below RUNS is named after what went into it; others are known by their content."""
+    return str(path) if RUNS in Path(path).parents else digest(path)
+
+
 def step(number: str, options: str, switch: str = "", **paths) -> Path:
-    """Run a stage unless it is complete; returns its folder. paths: its --model, --records, …"""
-    inputs = [f"--{name}={path}" for name, path in paths.items()]
-    name = hashlib.sha256(repr((options, switch, inputs)).encode()).hexdigest()[:12]
+    """Run a stage unless it is complete; returns its folder. paths: its --model, --records, …
+
+    Raises InputError with the last line that the stage has written, if it fails.
+    """
+    files = [STAGES[number], *["toy/studies/switches.py"] * bool(switch)]
+    inputs = {name: identity(path) for name, path in paths.items()}
+    name = hashlib.sha256(repr((options, switch, inputs, code(*files))).encode()).hexdigest()[:12]
     out = RUNS / f"{number}-{name}"
-    done = Path(f"{out}.done")
-    log = Path(f"{out}.log")
-    with exclusive(out):
-        if not done.exists():
-            arguments = [*shlex.split(options), *inputs, "--out", str(out)]
-            process = FORKS.Process(target=run_stage, args=(number, switch, arguments, str(log)))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"{log}: {log.read_text(encoding='utf-8')[-600:]}")
-            done.touch()
+    if not done_mark(out).exists():
+        arguments = [*shlex.split(options), "--out", str(out)]
+        arguments += [f"--{name}={path}" for name, path in paths.items()]
+        process = FORKS.Process(target=run_stage, args=(number, switch, arguments, out))
+        process.start()
+        process.join()
+        if process.exitcode:
+            log = Path(f"{out}.log")
+            raise InputError(f"{log}: {log.read_text(encoding='utf-8').splitlines()[-1]}")
     return out
 
 
 def records(split: str, n: int, seed: int) -> Path:
     """The first n records of a split in the order of a seed."""
-    folder = RUNS / f"{split}-{n}-{seed}"
+    world_code = hashlib.sha256(repr(code("toy/world.py")).encode()).hexdigest()[:8]
+    folder = RUNS / f"{split}-{n}-{seed}-{world_code}"
     with exclusive(folder):
         if not (folder / "records.jsonl").exists():
             world.records(split, n, seed, str(folder))
@@ -161,7 +189,7 @@ def drawn_right(model, folder: Path) -> int:
         for sample in read_jsonl(folder / "samples.jsonl", Sample):
             _, found = switches.oracle(image_tokenizer, sample, tensors_of(sample)["images"][:1])
             right += sum(found)
-        counted.write_text(str(right))
+        write_text(counted, str(right))
     return int(counted.read_text())
 
 
@@ -271,11 +299,10 @@ def rounds(seed: int, n: int = 1, base="toy/base", evals=("",), **settings) -> d
 # -------------------------------------------------------------------------------------------- study
 
 
-def parse_args(seeds):
+def parse_args():
     parser = stage_parser(sys.modules["__main__"].__doc__)
     add = parser.add_argument_group("study").add_argument
     add("--tables", action="store_true", help="only write picture and tables again")
-    add("--seeds", type=SEED, nargs="+", default=seeds, help="of data, sampling and training")
     add("--jobs", type=COUNT, default=2, help="processes at a time")
     return parser.parse_args()
 
@@ -299,18 +326,23 @@ def study(name: str, variants: dict[str, dict], against: str, seeds=(0, 1, 2),
     are compared with; measure(): further results for that file; more(content of the file): further
     tables.
     """
-    args = parse_args(seeds)
-    file = RESULTS / f"{name}.json"
+    if multiprocessing.current_process().name != "MainProcess":
+        return  # a stage's process has imported the study that began it
+    args = parse_args()
+    os.chdir(ROOT)
     torch.set_num_threads(1)  # beside its processes
-    if not args.tables:
-        results = run_variants(name, variants, args.seeds, args.jobs)
-        content = {"defaults": DEFAULTS, "variants": variants, "results": results}
-        if measure:
-            content["measured"] = measure()
-        text = json.dumps(content, separators=(",", ":"))
-        file.write_text(text + "\n", encoding="utf-8")
-    content = read_object(file)
-    results = content["results"]
-    (RESULTS / f"{name}.svg").write_text(forest(results, against), encoding="utf-8")
-    further = more(content) if more else []
-    publish(name, [*tables(results, against), *further])
+    file = RESULTS / f"{name}.json"
+
+    def run():
+        if not args.tables:
+            results = run_variants(name, variants, seeds, args.jobs)
+            content = {"defaults": DEFAULTS, "variants": variants, "results": results}
+            if measure:
+                content["measured"] = measure()
+            write_text(file, json.dumps(content, separators=(",", ":")) + "\n")
+        content = read_object(file)
+        results = content["results"]
+        write_text(RESULTS / f"{name}.svg", forest(results, against))
+        publish(name, [*tables(results, against), *(more(content) if more else [])])
+
+    run_main(run)

@@ -8,11 +8,13 @@ Shapes in comments: B records, K images or masks of a record, N image tokens.
 """
 
 import dataclasses
+import random
 
 import torch
 import torch.nn.functional as F
 
 from hermesflow.pictures import to_pil
+from hermesflow.records import Question, vqa_question
 from hermesflow.sampling import stable_seed
 from hermesflow.tables import tensors_of
 from model import LogProbs
@@ -163,3 +165,23 @@ def mean_over_slots(stages):
     change_image_logps(stages["03"], mean)
 
 
+def answers(stages):
+    """The understanding half prefers right answers about the record's image, not captions of it.
+
+    One question per record and epoch; another of its choices loses.
+    """
+    make_batch = stages["03"]["make_batch"]
+
+    def make_answer_batch(model, visits, seed, *arguments):
+        text, image = make_batch(model, visits, seed, *arguments)
+        prompts = []
+        responses = []
+        for pair, epoch in visits:
+            rng = random.Random(stable_seed(*seed, pair.id, epoch, "question"))
+            question = Question(**rng.choice(world.questions(pair.caption)))
+            wrong = rng.choice([c for c in question.choices if c != question.answer])
+            prompts.append(vqa_question(question))
+            responses.append([model.encode_text(question.answer), model.encode_text(wrong)])
+        return text._replace(prompts=prompts, responses=responses, ended=None), image
+
+    stages["03"]["make_batch"] = make_answer_batch

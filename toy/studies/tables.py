@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import evals.metrics
+from hermesflow.files import InputError, read_text, write_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 METRICS = ("understanding", "generation", "gap", "everything right", "caption score")
@@ -214,13 +215,15 @@ def forest(results: dict, against: str) -> str:
 
 
 def publish(name: str, parts: list[str]) -> None:
-    """Put tables between the marks of toy/results/NAME.md, and print them."""
+    """Print tables, and put them between the marks of toy/results/NAME.md, or begin that page."""
     text = "\n\n".join(parts)
+    print(text)
     page = RESULTS / f"{name}.md"
+    marks = f"<!-- {name} -->\n<!-- /{name} -->\n"
+    new = f"# {name}\n\n`python toy/studies/{name}.py`\n\n![]({name}.svg)\n\n{marks}"
+    before = read_text(page) if page.exists() else new
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    before = page.read_text(encoding="utf-8")
     content, n = marked.subn(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", before)
     if n != 1:
-        raise ValueError(f"{page}: needs the marks of {name} once, has them {n} times")
-    page.write_text(content, encoding="utf-8")
-    print(text)
+        raise InputError(f"{page}: needs the marks of {name} once, has them {n} times")
+    write_text(page, content)

@@ -19,8 +19,6 @@ from evals.rounds import acceptance, overview, previews, rounds_of, tally, train
 from hermesflow.files import InputError, read_object, write_text
 
 DRAWN_WITH = ("steps", "guidance", "guidance_interval", "temperature", "anneal", "seed")
-TRAINED_WITH = ("steps", "batch", "lr", "lora", "schedule", "beta", "und", "gen", "nll_und",
-                "nll_gen", "guidance", "cond_dropout", "seed")
 
 
 # ------------------------------------------------------------------------------------ what was done
@@ -37,7 +35,8 @@ def what_was_done(run: Path, folders: dict[str, Path], rounds: list[str]) -> str
         "base": content_of(mark["inputs"], "model"),
     }
     for name in rounds:
-        rows[name] = or_note(trained_with, run / name / "train" / "settings.json")
+        rows[name] = (or_note(pairs_of, run / name / "pairs" / "settings.json") + ", "
+                      + or_note(trained_with, run / name / "train" / "settings.json"))
     rows["code"] = f"revision {revision()}"
     return facts([*rows.items()])
 
@@ -53,9 +52,14 @@ def content_of(inputs: dict, name: str) -> str:
     return escape(f"{count}fingerprint {described.get('content', 'unknown')}")
 
 
+def pairs_of(file: Path) -> str:
+    previous = get(read_object(file), "derived", dict, str(file)).get("previous")
+    return "fresh pairs" if previous is None else "self-play pairs (Eq. 9–10)"
+
+
 def trained_with(file: Path) -> str:
     settings = get(read_object(file), "settings", dict, str(file))
-    return "trained with " + listed(settings, TRAINED_WITH)
+    return "trained with " + listed(settings, tuple(settings))
 
 
 def notes_on_settings(folders: dict[str, Path]) -> str:

@@ -44,7 +44,11 @@ def token_f1(a: str, b: str) -> float:
 
 
 def caption_f1(a: str, b: str) -> float:
-    """Token F1 over words and neighbouring word pairs: "a left of b" is not "b left of a"."""
+    """Token F1 over words and neighbouring word pairs: "a left of b" is not "b left of a".
+
+    It does not see all of the order: "a left of red c left of blue c" has the same pairs as "a left
+    of blue c left of red c".
+    """
     a = words(a)
     b = words(b)
     return f1([*a, *zip(a, a[1:])], [*b, *zip(b, b[1:])])

@@ -114,7 +114,7 @@ CURVES = 8  # charts of a log without the gradients of the halves
 IN_THE_PAGE = (
     # what was done
     "judge the judge of base, matcher text", "steps 16, guidance 0.0, seed 0", "2, fingerprint r",
-    "<td>base</td><td>fingerprint base</td>", "trained with lr &lt;1e-3&gt;, beta 0.2",
+    "<td>base</td><td>fingerprint base</td>", "fresh pairs, trained with lr &lt;1e-3&gt;, beta 0.2",
     # numbers
     "0.500 [0.500, 0.500]", "1.000 [1.000, 1.000]", "+0.500 [+0.500, +0.500]",
     "0.250 [0.250, 0.250]", "2 held-out records", "2 different texts", "base ✗ 1/2",
@@ -147,6 +147,12 @@ def test_report(finished):
     assert page.count("<svg") == page.count("</svg>")
     for anchor in re.findall(r'href="#(\w+)"', page):
         assert f'id="{anchor}"' in page
+
+
+def test_report_says_where_pairs_come_from(finished):
+    file = finished / "round1" / "pairs" / "settings.json"
+    put(file, SETTINGS | {"derived": {"previous": {"items": 2}}})
+    assert "self-play pairs (Eq. 9–10), trained with lr" in reported(finished)
 
 
 def test_every_picture_can_be_enlarged(finished):

@@ -3,6 +3,7 @@
 A stage's folder below runs/studies is named after everything that goes into it, its code included,
 so variants that begin alike share their beginning: all training recipes of one seed see the same
 samples and pairs. An interrupted study continues; after a change of code, what it changes is new.
+While a study runs, edit another copy: a stage reads its code when it starts.
 
     python toy/studies/recipes.py             # run what is missing, two jobs at a time
     python toy/studies/recipes.py --tables    # only write picture and tables again

@@ -8,6 +8,7 @@ import loop
 VARIANTS = {
     "toy's settings": dict(),
     "pairs by the oracle": dict(scoring="chosen_by_oracle"),
+    "answers, not captions": dict(training="answers"),
     "one mask": dict(without="--complementary"),
     "4 masks": dict(without="--complementary", training="masks 4"),
     "mean over slots, beta 8": dict(dpo="--beta 8", training="mean_over_slots"),

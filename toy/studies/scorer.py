@@ -17,7 +17,7 @@ from switches import grids, judged
 from tables import KINDS, markdown
 
 SEEDS = (0, 1, 2)
-ROUNDS = (1, 2, 3)
+ROUNDS = (1, 2)
 VARIANTS = {
     "questions": dict(),
     "likelihood": dict(score="--image-scorer likelihood --min-image-score 0.3"),

@@ -289,13 +289,13 @@ def begun(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(loop, "FORKS", SimpleNamespace(Process=Process))
+    loop.code.cache_clear()
     yield lambda *arguments, **paths: loop.step("01", *arguments, **paths).name
     loop.code.cache_clear()
 
 
 @pytest.mark.parametrize("change", ["01_sample.py", "base/weights", "toy/studies/switches.py"])
 def test_a_step_is_named_after_all_that_goes_into_it(begun, tmp_path, change):
-    loop.code.cache_clear()
     plain = begun("--batch 1", "", model="base")
     assert plain == begun("--batch 1", "", model="base")
     switched = begun("--batch 1", "masks 4", model="base")

@@ -119,6 +119,11 @@ def code(*files: str) -> dict[str, str]:
     return code_of(ROOT / file for file in files)
 
 
+def name_of(*parts) -> str:
+    """A short name of all that goes into a folder."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
 def identity(path) -> str:
     """A folder below RUNS is named after what went into it; others are known by their content."""
     return str(path) if RUNS in Path(path).parents else digest(path)
@@ -129,10 +134,9 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
 
     Raises InputError with the last line that the stage has written, if it fails.
     """
-    files = [STAGES[number], *["toy/studies/switches.py"] * bool(switch)]
+    files = [STAGES[number]] + (["toy/studies/switches.py"] if switch else [])
     inputs = {name: identity(path) for name, path in paths.items()}
-    name = hashlib.sha256(repr((options, switch, inputs, code(*files))).encode()).hexdigest()[:12]
-    out = RUNS / f"{number}-{name}"
+    out = RUNS / f"{number}-{name_of(options, switch, inputs, code(*files))}"
     if not done_mark(out).exists():
         arguments = [*shlex.split(options), "--out", str(out)]
         arguments += [f"--{name}={path}" for name, path in paths.items()]
@@ -140,15 +144,13 @@ def step(number: str, options: str, switch: str = "", **paths) -> Path:
         process.start()
         process.join()
         if process.exitcode:
-            log = Path(f"{out}.log")
-            raise InputError(f"{log}: {log.read_text(encoding='utf-8').splitlines()[-1]}")
+            raise InputError(f"{out}.log: {read_text(f'{out}.log').splitlines()[-1]}")
     return out
 
 
 def records(split: str, n: int, seed: int) -> Path:
     """The first n records of a split in the order of a seed."""
-    world_code = hashlib.sha256(repr(code("toy/world.py")).encode()).hexdigest()[:8]
-    folder = RUNS / f"{split}-{n}-{seed}-{world_code}"
+    folder = RUNS / f"{split}-{n}-{seed}-{name_of(code('toy/world.py'))}"
     with exclusive(folder):
         if not (folder / "records.jsonl").exists():
             world.records(split, n, seed, str(folder))

@@ -10,6 +10,7 @@ VARIANTS = {
     "preference alone": dict(dpo="--nll-und 0 --nll-gen 0"),
     "NLL alone": dict(dpo="--beta 0"),
     "generation alone": dict(dpo="--und 0"),
+    "preference about images alone": dict(dpo="--und 0 --nll-gen 0"),
     "understanding alone": dict(dpo="--gen 0"),
 }
 

@@ -1,17 +1,18 @@
 """Another backbone: does Pair-DPO help one that draws its codes one after the other?
 
-The base is toy/base-janus. It draws at more guidance than Show-o's, so candidates are sampled at 1.
-With settings that came before the toy's: fewer records and steps, more candidates.
+The base is toy/base-janus. It draws at more guidance than Show-o's, so candidates are sampled at 1,
+and it learns at ten times the learning rate; the other settings are the toy's.
 
     python toy/studies/janus.py              # or --tables
 """
 
 import loop
 
+SETTINGS = dict(base="toy/base-janus", sample="--guidance 1")
 VARIANTS = {
-    "Pair-DPO": dict(n=3, base="toy/base-janus", preference=512,
-                     sample="--captions 8 --images 8 --guidance 1",
-                     dpo="--beta 0.2 --nll-gen 1 --lr 1e-4 --epochs 1"),
+    "Pair-DPO": dict(SETTINGS, n=3, dpo="--lr 3e-4"),
+    "preference alone": dict(SETTINGS, dpo="--lr 3e-4 --nll-und 0 --nll-gen 0"),
+    "NLL alone": dict(SETTINGS, dpo="--lr 3e-4 --beta 0"),
 }
 
 if __name__ == "__main__":

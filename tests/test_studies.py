@@ -174,12 +174,12 @@ def test_masks(stages, model, pairs):
     equal(two.sums, torch.stack(expected))
 
 
-def test_mean_over_slots(stages, pairs):
+def test_same_slots(stages, pairs):
     _, gen = pair_logps(stages, pairs)
-    switches.mean_over_slots(stages)
-    _, mean = pair_logps(stages, pairs)
-    equal(mean.sums, gen.sums / gen.counts)
-    assert (mean.counts == 1).all()
+    switches.same_slots(stages, "10")
+    _, scaled = pair_logps(stages, pairs)
+    equal(scaled.sums, 10 * gen.sums / gen.counts)
+    assert (scaled.counts == 10).all()
 
 
 def test_chosen_by_oracle(stages, tmp_path):

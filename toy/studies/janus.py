@@ -1,18 +1,17 @@
 """Another backbone: does Pair-DPO help one that draws its codes one after the other?
 
 The base is toy/base-janus. It draws at more guidance than Show-o's, so candidates are sampled at 1,
-and it learns at ten times the learning rate; the other settings are the toy's.
+and it needs a higher learning rate; the other settings are the toy's.
 
     python toy/studies/janus.py              # or --tables
 """
 
 import loop
 
-SETTINGS = dict(base="toy/base-janus", sample="--guidance 1")
+SETTINGS = dict(n=2, base="toy/base-janus", sample="--guidance 1", dpo="--lr 1e-4")
 VARIANTS = {
-    "Pair-DPO": dict(SETTINGS, n=3, dpo="--lr 3e-4"),
-    "preference alone": dict(SETTINGS, dpo="--lr 3e-4 --nll-und 0 --nll-gen 0"),
-    "NLL alone": dict(SETTINGS, dpo="--lr 3e-4 --beta 0"),
+    "Pair-DPO": SETTINGS,
+    "answers, not captions": dict(SETTINGS, training="answers"),
 }
 
 if __name__ == "__main__":

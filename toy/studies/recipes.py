@@ -21,7 +21,7 @@ VARIANTS = {
     "answers, not captions, weight 1": dict(dpo="--und 1", training="answers"),
     "one mask": dict(without="--complementary"),
     "4 masks": dict(without="--complementary", training="masks 4"),
-    "mean over slots, beta 8": dict(dpo="--beta 8", training="mean_over_slots"),
+    "one mask, as of 10 slots": dict(without="--complementary", training="same_slots 10"),
     "beta 0.2, NLL on the image 1": dict(dpo="--beta 0.2 --nll-gen 1"),
     "8 drawings": dict(sample="--images 8"),
 }

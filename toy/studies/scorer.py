@@ -17,7 +17,7 @@ from switches import grids, judged
 from tables import KINDS, markdown
 
 SEEDS = (0, 1, 2)
-ROUNDS = (1, 2)
+ROUNDS = {1: "of the base", 2: "of round 1"}  # whose drawings these rounds learn from
 VARIANTS = {
     "questions": dict(),
     "likelihood": dict(score="--image-scorer likelihood --min-image-score 0.3"),
@@ -82,7 +82,8 @@ def measure() -> dict:
                 options = f"{loop.DEFAULTS['SCORE']} {settings.get('score', '')}"
                 scored = loop.step("02", options, model=policy, samples=folder)
                 scores = read_jsonl(scored / "scores.jsonl", Score)
-                result[name] = [np.round(s.image_scores, 4).tolist() for s in scores]
+                # likelihoods are near 1: fewer digits would make them equal
+                result[name] = [np.round(s.image_scores, 7).tolist() for s in scores]
             results[f"{seed}, round {r}"] = result
     return results
 
@@ -96,7 +97,7 @@ def agreements(content: dict) -> list[str]:
               "loser all right"]]
     names = ("questions", "likelihood", "questions, then likelihood",
              "the oracle's share of questions")
-    for r in ROUNDS:
+    for r, drawn in ROUNDS.items():
         for name in names:
             rows = []
             for seed in SEEDS:
@@ -109,7 +110,7 @@ def agreements(content: dict) -> list[str]:
             mean = np.mean(rows, 0)
             low = np.min(rows, 0)
             high = np.max(rows, 0)
-            row = [f"round {r}: {name}", f"{mean[0]:.0f}"]
+            row = [f"{drawn}: {name}", f"{mean[0]:.0f}"]
             row += [f"{m:.3f} ({a:.3f}–{b:.3f})" for m, a, b in zip(mean[1:], low[1:], high[1:])]
             table.append(row)
     return [markdown(table), noticed(results)]
@@ -118,13 +119,13 @@ def agreements(content: dict) -> list[str]:
 def noticed(results: dict) -> str:
     """Which mistakes the answers to questions see, of all drawings of a round."""
     table = [["what is wrong", "of 100 drawings", "mean score", "full score"]]
-    for r in ROUNDS:
+    for r, drawn in ROUNDS.items():
         cells = [results[f"{seed}, round {r}"] for seed in SEEDS]
         fault = np.array([c["fault"] for c in cells]).ravel()
         score = np.array([c["questions"] for c in cells]).ravel()
         for kind in (NOTHING, *KINDS):
             of_kind = score[fault == kind]
-            table.append([f"round {r}: {kind}", f"{100 * len(of_kind) / len(score):.1f}",
+            table.append([f"{drawn}: {kind}", f"{100 * len(of_kind) / len(score):.1f}",
                           f"{of_kind.mean():.3f}", f"{(of_kind == 1).mean():.3f}"])
     return markdown(table)
 

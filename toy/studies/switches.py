@@ -156,13 +156,17 @@ def masks(stages, K):
     stage["make_batch"] = make_masked_batch
 
 
-def mean_over_slots(stages):
-    """The image's log-prob is the mean over its masked slots, not the sum."""
+def same_slots(stages, slots):
+    """An image's log-prob does not depend on the mask ratio.
 
-    def mean(gen):
-        return LogProbs(gen.sums / gen.counts.clamp(min=1), gen.counts.clamp(max=1))
+    It is the mean over masked slots, as if every mask had this number of them.
+    """
 
-    change_image_logps(stages["03"], mean)
+    def scaled(gen):
+        means = gen.sums / gen.counts.clamp(min=1)
+        return LogProbs(means * int(slots), gen.counts.clamp(max=1) * int(slots))
+
+    change_image_logps(stages["03"], scaled)
 
 
 def answers(stages):

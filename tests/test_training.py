@@ -430,6 +430,7 @@ def test_a_second_signal_ends_at_once(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(training.time, "monotonic", lambda: 1e12)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would have it ignored
     calls = after(monkeypatch, 15, twice)
     with pytest.raises(KeyboardInterrupt):
         train(inputs, out)

@@ -183,16 +183,21 @@ def faults_of(model, rows: list[EvalRecord]) -> Counter:
     return Counter(fault(grid, r.text) for grid, r in zip(grids, wrong))
 
 
+def rights(model, folder: Path) -> list[list[int]]:
+    """Of all drawings that stage 1 sampled, 1 where everything is right: a list per record."""
+    image_tokenizer = load(str(model))
+    found = []
+    for sample in read_jsonl(folder / "samples.jsonl", Sample):
+        _, right = switches.oracle(image_tokenizer, sample, tensors_of(sample)["images"])
+        found.append(right)
+    return found
+
+
 def drawn_right(model, folder: Path) -> int:
-    """Of the first drawings that stage 1 sampled, how many have everything right."""
+    """How many of the records have everything right in their first drawing; counted once."""
     counted = Path(f"{folder}.right")
     if not counted.exists():
-        image_tokenizer = load(str(model))
-        right = 0
-        for sample in read_jsonl(folder / "samples.jsonl", Sample):
-            _, found = switches.oracle(image_tokenizer, sample, tensors_of(sample)["images"][:1])
-            right += sum(found)
-        write_text(counted, str(right))
+        write_text(counted, str(sum(right[0] for right in rights(model, folder))))
     return int(counted.read_text())
 
 

@@ -9,10 +9,7 @@ import numpy as np
 
 import loop
 from hermesflow.jsonl import read_jsonl
-from hermesflow.records import Sample, Score
-from hermesflow.tables import tensors_of
-from model import load
-from switches import oracle
+from hermesflow.records import Score
 from tables import METRICS, RIGHT, faults, interval, markdown, metrics
 
 ROUNDS = ("base", "round1", "round2", "round3")
@@ -73,13 +70,9 @@ def chosen_of_8(policy, seed: int) -> list[int]:
                f"--batch 64 --show 0 --guidance {loop.best_guidance(policy, seed)}")
     samples = loop.step("01", options, model=policy, records=loop.records("test", 600, 0))
     scored = loop.step("02", loop.DEFAULTS["SCORE"], model=policy, samples=samples)
-    model = load(str(policy))
-    rights = []
-    for sample, score in zip(read_jsonl(samples / "samples.jsonl", Sample),
-                             read_jsonl(scored / "scores.jsonl", Score)):
-        _, right = oracle(model, sample, tensors_of(sample)["images"])
-        rights.append(right[int(np.argmax(score.image_scores))])
-    return rights
+    scores = read_jsonl(scored / "scores.jsonl", Score)
+    return [right[int(np.argmax(score.image_scores))]
+            for right, score in zip(loop.rights(policy, samples), scores)]
 
 
 def best_of_8() -> dict:

@@ -6,11 +6,6 @@
 import numpy as np
 
 import loop
-from hermesflow.jsonl import read_jsonl
-from hermesflow.records import Sample
-from hermesflow.tables import tensors_of
-from model import load
-from switches import oracle
 from tables import interval, markdown
 
 SEEDS = (0, 1, 2)
@@ -28,25 +23,20 @@ VARIANTS = {
 MASKS = ("toy's settings", "one mask")
 
 
-def drawn_right(policy, seed: int) -> list[int]:
+def right_of_4(policy, seed: int) -> list[int]:
     """Of 4 drawings of every validation caption, at the guidance of SAMPLE, how many are right."""
     options = f"--seed {seed} {loop.DEFAULTS['SAMPLE']} {loop.NO_CAPTIONS}"
     folder = loop.step("01", options, model=policy, records=loop.records("validation", 639, 0))
-    model = load("toy/base")  # its image tokenizer is that of all rounds
-    rights = []
-    for sample in read_jsonl(folder / "samples.jsonl", Sample):
-        _, right = oracle(model, sample, tensors_of(sample)["images"])
-        rights.append(sum(right))
-    return rights
+    return [sum(right) for right in loop.rights(policy, folder)]
 
 
 def measure() -> dict:
-    """{variant: {seed: `drawn_right` after one round}}: a choice, so not of test captions."""
+    """{variant: {seed: `right_of_4` after one round}}: a choice, so not of test captions."""
     results = {variant: {} for variant in MASKS}
     for variant, by_seed in results.items():
         for seed in SEEDS:
             (_, _, _, trained), = loop.play(seed, 1, **VARIANTS[variant])
-            by_seed[str(seed)] = drawn_right(trained / "checkpoint", seed)
+            by_seed[str(seed)] = right_of_4(trained / "checkpoint", seed)
     return results
 
 

@@ -42,7 +42,8 @@ def measure() -> dict:
 
 def masks(content: dict) -> list[str]:
     """What one mask and two complementary ones draw, with less noise than one drawing has."""
-    both, one = (np.array([*content["measured"][v].values()]) / 4 for v in MASKS)  # (seeds, records)
+    measured = content["measured"]
+    both, one = (np.array([*measured[v].values()]) / 4 for v in MASKS)  # (seeds, records)
     return [markdown([
         ["639 validation captions, 4 drawings of each at guidance 0.25", "everything right",
          f"against {MASKS[0]}"],
